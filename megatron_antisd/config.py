@@ -1,0 +1,351 @@
+"""The run's configuration: one typed definition. YAML file + `key=value` overrides -> `RunConfig`, checked before anything starts.
+
+Every key, its type, default and meaning stand here and nowhere else. `load_config` refuses unknown keys (naming the
+nearest) and impossible values; `check_layout` (layout.py's arithmetic, no hardware) holds them against the model and world size.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DEFAULT_PRIVILEGED_TEMPLATE = (
+    "{problem}\n\nYour previous attempt:\n{solution}\n\nPrevious assessment: {feedback}\n\n"
+    "Now solve this problem step by step."
+)
+
+
+class ConfigError(ValueError):
+    """The configuration cannot run; the message names the key, the rule and what was given."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str
+    """Directory of a Hugging Face checkpoint (config.json, safetensors, tokenizer)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype of trainer and engine. Main weights, gradients and log-probs are fp32 in any case."""
+    spec: Literal["local", "te"] = "local"
+    """Layer implementation: torch only, or transformer-engine where it is installed."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recompute of whole layers."""
+    random_init: bool = False
+    """Draw the weights from `run.seed` instead of reading them: `path` then needs a config and a tokenizer only."""
+
+
+class ParallelConfig(Section):
+    tensor_parallel_size: int = Field(1, ge=1)
+    """TP. With TP > 1 sequence parallelism is on."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """PP."""
+    context_parallel_size: int = Field(1, ge=1)
+    """CP."""
+    expert_parallel_size: int = Field(1, ge=1)
+    """EP."""
+    expert_tensor_parallel_size: int = Field(1, ge=1)
+    """ETP: tensor parallelism inside an expert; independent of TP."""
+    distributed_optimizer: bool = True
+    """Shard main weights and moments over data-parallel ranks."""
+    timeout_seconds: int = Field(600, ge=10)
+    """Time-out of every collective."""
+
+
+class OptimizerConfig(Section):
+    backend: Literal["torch", "te", "apex"] = "torch"
+    """Whose AdamW: an error where the package is absent, never a silent substitute."""
+    lr: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, gt=0)
+    """Global gradient norm bound."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear learning-rate warm-up, then constant."""
+    max_skipped_in_a_row: int = Field(3, ge=1)
+    """Updates with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
+
+
+class AlgorithmConfig(Section):
+    method: Literal["grpo", "sd", "antisd", "reverse_kl", "no_teacher"] = "antisd"
+    compose: Literal["additive", "multiplicative"] = "additive"
+    """How antisd's term joins A_seq; multiplicative scales it by |A_seq|."""
+    lambda_max: float = Field(0.5, ge=0)
+    clip: float = Field(0.2, gt=0, lt=1)
+    """Policy-gradient ratio clip."""
+    std: Literal["unbiased", "biased"] = "unbiased"
+    """The group's standard deviation in A_seq."""
+    zero_variance: Literal["keep", "drop"] = "keep"
+    """Groups whose rewards are all equal: keep them with their token term alone, or take them out of the loss."""
+    loss: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Denominator: global tokens, or tokens of the sequence then global sequences."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer steps per batch of rollouts (1 = on-policy; the batch is split into that many parts)."""
+    shadow: bool = False
+    """With `method: grpo`: run the teacher and the gate and log what AntiSD would have done; the update stays GRPO's."""
+
+
+class GateConfig(Section):
+    mode: Literal["teacher", "student", "always"] = "teacher"
+    """What drives the gate: teacher entropy, student entropy, or nothing (g = 1 after warm-up)."""
+    warmup_steps: int = Field(5, ge=1)
+    """W: steps at lambda = 0 that calibrate H_warm."""
+    down: float = Field(0.93, gt=0, lt=1)
+    """tau_down / H_warm."""
+    warm_statistic: Literal["median", "mean"] = "median"
+    """How the W warm-up values become H_warm."""
+    decide_after_warmup: bool = True
+    """Whether step W + 1 already decides on its own H (else the gate is open for that step)."""
+
+
+class PrivilegedConfig(Section):
+    template: str = DEFAULT_PRIVILEGED_TEMPLATE
+    """The teacher's user turn; must hold {problem}, {solution} and {feedback} once each."""
+    correct: str = "Your answer is correct."
+    incorrect: str = "Your answer is incorrect."
+    solution_tokens: int = Field(8192, ge=1)
+    """Upper bound on the shown solution; its beginning is cut, its end stays."""
+    minimum_solution_tokens: int = Field(1, ge=1)
+    """Where fewer would fit, the rollout has no teacher (counted)."""
+    strip_thinking: bool = True
+    """Take <think>...</think> out of the shown solution."""
+
+
+class DataConfig(Section):
+    train: tuple[str, ...] = Field(min_length=1)
+    """JSON-lines or Parquet files of problems."""
+    prompt_template: str = "{problem}"
+    """The student's user turn; must hold {problem} once."""
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the tokenizer's chat template (enable_thinking, say)."""
+    shuffle: bool = True
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "megatron"] = "vllm"
+    problems_per_step: int = Field(32, ge=1)
+    group_size: int = Field(8, ge=2)
+    """G. One rollout has no group to compare with, so at least 2."""
+    max_new_tokens: int = Field(8192, ge=1)
+    max_context: int | None = Field(None, ge=2)
+    """Prompt + response bound; None takes the model's."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Engine TP; the rest of the world is replicas."""
+    max_sequences: int = Field(256, ge=1)
+    """Sequences an engine replica decodes at once."""
+    memory_fraction: float = Field(0.45, gt=0, lt=1)
+    """GPU memory share of the engine."""
+    kv_cache_bytes: int | None = Field(None, ge=1 << 20)
+    """Fixed KV cache size instead of a share; on CPU 256 MiB when unset."""
+    ignore_eos: bool = False
+    """Decode every response to `max_new_tokens`: for benchmarks with fixed lengths."""
+    probe_max_mean: float | None = Field(None, gt=0)
+    """Largest mean |engine - trainer log-prob| the probe after a weight sync accepts; None takes 1e-4 in float32, 0.1 in bfloat16."""
+
+
+class TrainerConfig(Section):
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Upper bound of packed tokens in a micro-batch (a longer single sequence is its own micro-batch)."""
+    score_micro_batch_tokens: int = Field(32768, ge=1)
+    """The same for scoring without gradient."""
+    vocab_chunk_tokens: int = Field(1024, ge=1)
+    """Tokens whose logits exist at once in the output layer."""
+
+
+class GradingConfig(Section):
+    workers: int = Field(2, ge=1)
+    timeout_seconds: float = Field(10.0, gt=0)
+    """Wall clock of one answer; then its worker is killed and the answer scores 0, counted."""
+    function: str | None = None
+    """Dotted path `package.module:function(response, answer) -> float` instead of the math grader."""
+
+
+class BenchmarkConfig(Section):
+    name: str
+    path: str
+    samples: int = Field(1, ge=1)
+    """k of avg@k; pass@k is reported for 1, 2, 4, ... samples."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(10, ge=1)
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int | None = Field(None, ge=1)
+    """None takes rollout.max_new_tokens."""
+
+
+class CheckpointConfig(Section):
+    every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; the last step is saved whenever this is set."""
+    keep: int = Field(2, ge=1)
+    resume: bool = True
+    """Continue from the newest checkpoint in the run directory."""
+    continual_from: str | None = None
+    """A run directory or checkpoint of another method to start from: weights, optimizer, data position; the gate is calibrated anew."""
+    save_hf: bool = True
+    """Write the final policy as a Hugging Face checkpoint under `hf/`."""
+
+
+class DebugConfig(Section):
+    save_rollouts: str | None = None
+    """Directory: one file of graded rollouts a step."""
+    load_rollouts: str | None = None
+    """Directory written by save_rollouts: train on those instead of generating."""
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    progress: bool = True
+    samples_per_evaluation: int = Field(2, ge=0)
+    """Decoded rollouts written to samples.jsonl at each evaluation."""
+
+
+class RunSection(Section):
+    name: str = "run"
+    directory: str | None = None
+    """None takes runs/<name>."""
+    steps: int = Field(200, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class RunConfig(Section):
+    """The whole run."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    gate: GateConfig = GateConfig()
+    privileged: PrivilegedConfig = PrivilegedConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    grading: GradingConfig = GradingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run.directory or Path("runs") / self.run.name)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher pass runs at all."""
+        return self.algorithm.method not in ("grpo", "no_teacher") or self.algorithm.shadow
+
+    @model_validator(mode="after")
+    def _rules(self) -> RunConfig:
+        for where, template, fields in (
+            ("privileged.template", self.privileged.template, ("{problem}", "{solution}", "{feedback}")),
+            ("data.prompt_template", self.data.prompt_template, ("{problem}",)),
+        ):
+            for field in fields:
+                if template.count(field) != 1:
+                    raise ValueError(f"{where} must hold {field} exactly once; it holds it {template.count(field)} times")
+        if self.algorithm.shadow and self.algorithm.method != "grpo":
+            raise ValueError(f"algorithm.shadow needs algorithm.method=grpo, got {self.algorithm.method}")
+        if self.algorithm.compose == "multiplicative" and self.algorithm.method != "antisd":
+            raise ValueError(f"algorithm.compose=multiplicative needs algorithm.method=antisd, got {self.algorithm.method}")
+        names = [b.name for b in self.evaluation.benchmarks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"evaluation.benchmarks: names must differ, got {names}")
+        if self.rollout.problems_per_step % self.algorithm.updates_per_batch:
+            raise ValueError(f"rollout.problems_per_step={self.rollout.problems_per_step} must be divisible by "
+                             f"algorithm.updates_per_batch={self.algorithm.updates_per_batch}")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read YAML, apply `a.b=value` overrides (values are YAML), validate. Raises ConfigError. A top-level `base: other.yaml`
+    (relative to the file) is merged underneath."""
+    raw = _read_yaml(Path(path))
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {text!r} is not of the form key=value, e.g. optimizer.lr=1e-6")
+        node = raw
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {text!r}: {parent!r} is a value, not a section")
+        node[leaf] = yaml.safe_load(value)
+    return build_config(raw)
+
+
+def build_config(raw: dict[str, Any]) -> RunConfig:
+    """Validate a nested dict. Raises ConfigError with one line per problem."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError("the configuration has problems:\n  " + "\n  ".join(lines)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The full resolved configuration as YAML; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every leaf key, dotted."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += known_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as `model:` and `rollout:`")
+    base = raw.pop("base", None)
+    return raw if base is None else _merge(_read_yaml(path.parent / base), raw)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        keys = known_keys()
+        sections = sorted({k.split(".")[0] for k in keys})
+        leaf = key.rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(key, keys + sections, n=1, cutoff=0.5)
+        near = near or [k for k in keys if k.rsplit(".", 1)[-1] == leaf][:1]
+        near = near or difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in keys], n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest valid key is {near[0]!r}"
+    if item["type"] == "missing":
+        return f"{key} is required and was not given"
+    got = "" if item["type"] == "value_error" and not key else f" (got {item['input']!r})"
+    return f"{key + ': ' if key else ''}{item['msg'].removeprefix('Value error, ')}{got}"

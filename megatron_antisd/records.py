@@ -1,0 +1,174 @@
+"""The records that stages hand to each other. Frozen, keyword-only, no behaviour beyond checks and lengths.
+
+The way of the data:
+
+    Problem -> Rollout x G = RolloutGroup -> graded Rollouts -> ScoringView (student or teacher prompt + response)
+            -> TokenScores -> TrainingBatch -> StepStats
+
+Shapes are stated beside the fields; `T_i` is the response length of rollout `i`, `N` the number of rollouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One task with a verifiable answer. Example: `Problem(id="dapo-1", prompt="2+2?", answer="4", solution=None)`."""
+
+    id: str
+    prompt: str
+    """The user's turn as plain text (the data set's question, after the configured prompt template)."""
+    answer: str
+    """What the grader compares with."""
+    solution: str | None = None
+    """The data set's reference solution, used as privileged context where no peer rollout is correct."""
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response and all that is known about it."""
+
+    problem_id: str
+    index: int
+    """Position in its group, 0..G-1."""
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """Sampled token ids, the end token included when it was sampled. Never empty."""
+    engine_log_probs: tuple[float, ...]
+    """Log-prob of each response token under the sampling distribution's raw logits, nats; same length as `response_ids`."""
+    truncated: bool
+    """True when generation stopped at the length limit rather than at an end token."""
+    policy_version: int
+    """The number of weight updates the generating policy had seen."""
+    text: str = ""
+    """The decoded response without special tokens."""
+    reward: float | None = None
+    """Set by grading. None means "not graded yet" and is never read as 0."""
+    feedback: str | None = None
+    """The correctness feedback shown to the teacher; set by grading."""
+
+    def __post_init__(self) -> None:
+        if not self.response_ids:
+            raise ValueError(f"rollout {self.index} of problem {self.problem_id!r} has a response of zero tokens; "
+                             "the engine must return at least the end token")
+        if len(self.engine_log_probs) != len(self.response_ids):
+            raise ValueError(f"rollout {self.index} of problem {self.problem_id!r}: {len(self.engine_log_probs)} engine "
+                             f"log-probs for {len(self.response_ids)} response tokens; they must be equal in number")
+
+    def graded(self, reward: float, feedback: str) -> Rollout:
+        return dataclasses.replace(self, reward=reward, feedback=feedback)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """A problem and its G rollouts."""
+
+    problem: Problem
+    rollouts: tuple[Rollout, ...]
+
+    def rewards(self) -> torch.Tensor:
+        """[G] float64; raises when a rollout has no reward."""
+        missing = [r.index for r in self.rollouts if r.reward is None]
+        if missing:
+            raise ValueError(f"rollouts {missing} of problem {self.problem.id!r} have no reward; grade the group first")
+        return torch.tensor([r.reward for r in self.rollouts], dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringView:
+    """A prompt and the response to be scored under it. The student's and the teacher's views of one rollout differ
+    in `prompt_ids` only: `response_ids` are the same token ids."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """Scores of every response token of N views, concatenated in the order of the views."""
+
+    log_prob: torch.Tensor
+    """[sum T_i] float32, nats."""
+    entropy: torch.Tensor
+    """[sum T_i] float32, exact entropy over the full vocabulary, nats."""
+    lengths: tuple[int, ...]
+    """T_i of each view."""
+
+    def __post_init__(self) -> None:
+        expected = sum(self.lengths)
+        for name in ("log_prob", "entropy"):
+            tensor = getattr(self, name)
+            if tensor.shape != (expected,):
+                raise ValueError(f"TokenScores.{name} has shape {tuple(tensor.shape)}, expected ({expected},) "
+                                 f"from {len(self.lengths)} responses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivilegedView:
+    """The teacher's view of one rollout, or the reason why it has none."""
+
+    view: ScoringView | None
+    """None: this rollout has no teacher term (masked and counted)."""
+    source: str
+    """`peer`, `reference`, or the reason for a missing view: `no_solution`, `no_room`."""
+    shown_index: int | None = None
+    """Index in the group of the rollout shown, when `source` is `peer`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """Everything one policy update needs. The student's log-probs are not here: they come from the training forward."""
+
+    views: tuple[ScoringView, ...]
+    """Student views, N of them; on every rank the whole global batch."""
+    sequence_advantage: torch.Tensor
+    """[N] float32, A_seq of the rollout (method: group-normalised reward)."""
+    sequence_mask: torch.Tensor
+    """[N] bool; False takes the rollout's tokens out of the loss (a dropped zero-variance group, say)."""
+    teacher_log_prob: torch.Tensor
+    """[sum T_i] float32; meaningful only where `teacher_mask`."""
+    teacher_mask: torch.Tensor
+    """[sum T_i] bool."""
+    old_log_prob: torch.Tensor | None
+    """[sum T_i] float32 log-probs of the policy that sampled, or None on-policy (the ratio is then exactly 1)."""
+    engine_log_prob: torch.Tensor
+    """[sum T_i] float32, for the mismatch metrics."""
+    lambda_: float
+    """g * lambda_max of this step; 0.0 skips the token term."""
+    tokens: int
+    """The global number of response tokens in the loss: the denominator of the token mean."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(v.response_ids) for v in self.views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What one update reports; every rank holds the same values."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    """True when the update was not applied (non-finite loss or gradient)."""
+    clip_fraction: float
+    student_entropy_mean: float
+    mismatch_kl: float
+    """mean of k3 = exp(d) - 1 - d with d = trainer - engine log-prob, over response tokens."""
+    mismatch_mean: float
+    """mean |trainer - engine log-prob|."""
+    mismatch_max: float
+    padding_share: float
+    """Share of tokens through the model that were padding."""
+    student: TokenScores
+    """The training forward's own scores, no gradient, in the order of the batch's views."""
