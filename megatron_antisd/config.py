@@ -36,8 +36,6 @@ class ModelConfig(Section):
     """Layer implementation: torch only, or transformer-engine where it is installed."""
     recompute: Literal["none", "full"] = "none"
     """Activation recompute of whole layers."""
-    random_init: bool = False
-    """Draw the weights from `run.seed` instead of reading them: `path` then needs a config and a tokenizer only."""
 
 
 class ParallelConfig(Section):

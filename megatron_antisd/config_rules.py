@@ -1,0 +1,264 @@
+"""The rules between a run's configuration, its model and the number of ranks, checked before anything starts.
+
+`check_layout` is arithmetic alone (no files, no packages, no hardware): a plan for 64 GPUs is checked on a laptop.
+`check_files` looks at the machine: paths, and the optional packages the configuration asks for. `check` is both. Each
+collects every broken rule first, so that one run shows them all; each line names the keys, the rule and the numbers.
+
+The rules on heads, layers and experts are Megatron-Core 0.16.1's (TransformerConfig.__post_init__, SelfAttention) and
+vLLM 0.32's (models/qwen3.py, qwen3_moe.py), but for those marked "this version".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_antisd.config import ConfigError, RunConfig
+
+SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
+
+# vLLM 0.32, v1/attention/backends/cpu_attn.py. 16 starts and then fails at the first request.
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+MODEL_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "max_position_embeddings")
+MOE_KEYS = ("num_experts", "moe_intermediate_size")
+
+
+def check(config: RunConfig, model: Mapping[str, Any], world_size: int) -> None:
+    """Hold `config` against the model, the ranks and this machine.
+
+    `model` is the parsed config.json of a Hugging Face checkpoint, `world_size` the number of ranks. Raises ConfigError
+    with one line per broken rule.
+    """
+    cpu = not _cuda_available()
+    _raise([*_file_problems(config), *_layout_problems(config, model, world_size, cpu=cpu)])
+
+
+def check_layout(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool = False) -> None:
+    """The rules that are arithmetic. `cpu` adds those of vLLM's CPU build. Raises ConfigError with one line per broken rule."""
+    _raise(list(_layout_problems(config, model, world_size, cpu=cpu)))
+
+
+def check_files(config: RunConfig) -> None:
+    """The rules on this machine's files and packages. Raises ConfigError with one line per broken rule."""
+    _raise(list(_file_problems(config)))
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Replicas of the trainer: world / (TP * PP * CP). Raises ConfigError where that is no whole number of at least 1."""
+    problem = _world_problem(config, world_size)
+    _raise([problem] if problem else [])
+    return world_size // _model_ranks(config)
+
+
+def max_context(config: RunConfig, model: Mapping[str, Any]) -> int:
+    """Prompt plus response bound in tokens: `rollout.max_context`, or the model's own."""
+    return config.rollout.max_context or int(model["max_position_embeddings"])
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("the configuration cannot run:\n  " + "\n  ".join(problems))
+
+
+# --- arithmetic ---
+
+
+def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool) -> Iterator[str]:
+    yield from _world_problems(config, world_size)
+    yield from _batch_problems(config, world_size)
+    model_type = model.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        yield f"model.path: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        return
+    # transformers 5 writes the number of experts of Qwen3-MoE as num_local_experts; earlier releases as num_experts.
+    model = {**model, "num_experts": model.get("num_experts", model.get("num_local_experts"))}
+    moe = model_type == "qwen3_moe"
+    missing = [key for key in (*MODEL_KEYS, *(MOE_KEYS if moe else ())) if model.get(key) is None]
+    if missing:
+        yield f"model.path: config.json lacks {', '.join(missing)}; they are needed to check the layout"
+        return
+    yield from _trainer_problems(config, model)
+    yield from _expert_problems(config, model, moe=moe)
+    yield from _length_problems(config, model)
+    if config.rollout.engine == "vllm":
+        yield from _vllm_problems(config, model, moe=moe, cpu=cpu)
+
+
+def _model_ranks(config: RunConfig) -> int:
+    parallel = config.parallel
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+
+
+def _world_problem(config: RunConfig, world_size: int) -> str | None:
+    p = config.parallel
+    if world_size % _model_ranks(config) == 0:
+        return None
+    return (f"world size {world_size} must be divisible by parallel.tensor_parallel_size={p.tensor_parallel_size} * "
+            f"pipeline_parallel_size={p.pipeline_parallel_size} * context_parallel_size={p.context_parallel_size} "
+            f"= {_model_ranks(config)}; start that many ranks or a multiple")
+
+
+def _world_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    p = config.parallel
+    problem = _world_problem(config, world_size)
+    if problem:
+        yield problem
+    expert_ranks = p.expert_tensor_parallel_size * p.expert_parallel_size * p.pipeline_parallel_size
+    if world_size % expert_ranks:
+        yield (f"world size {world_size} must be divisible by parallel.expert_tensor_parallel_size={p.expert_tensor_parallel_size} * "
+               f"expert_parallel_size={p.expert_parallel_size} * pipeline_parallel_size={p.pipeline_parallel_size} = {expert_ranks}")
+    if p.context_parallel_size > 1:
+        yield f"parallel.context_parallel_size={p.context_parallel_size} is not supported yet by this version; set it to 1"
+    engine = config.rollout.tensor_parallel_size
+    if config.rollout.engine == "vllm" and world_size % engine:
+        yield (f"world size {world_size} must be divisible by rollout.tensor_parallel_size={engine}: "
+               "the engine's replicas share out all ranks")
+
+
+def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    if _world_problem(config, world_size):
+        return  # reported; without it there is no data-parallel size
+    replicas = world_size // _model_ranks(config)
+    rollout, updates = config.rollout, config.algorithm.updates_per_batch
+    per_update = rollout.problems_per_step * rollout.group_size // updates  # config.py: problems_per_step % updates == 0
+    if per_update % replicas:
+        yield (f"rollout.problems_per_step={rollout.problems_per_step} * group_size={rollout.group_size} / "
+               f"algorithm.updates_per_batch={updates} = {per_update} rollouts an update must be divisible by the "
+               f"data-parallel size {replicas} (world size {world_size} / {_model_ranks(config)})")
+
+
+def _trainer_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[str]:
+    tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    # Megatron also takes a TP size that is a multiple of the key/value heads, and replicates them: not in this version.
+    for key, what in (("num_attention_heads", "attention heads"), ("num_key_value_heads", "key/value heads"),
+                      ("hidden_size", "hidden size"), ("intermediate_size", "feed-forward width")):
+        if model[key] % tp:
+            yield f"the model's {what}, {key}={model[key]}, must be divisible by parallel.tensor_parallel_size={tp}"
+    heads, groups = model["num_attention_heads"], model["num_key_value_heads"]
+    if heads % groups:
+        yield f"the model's num_attention_heads={heads} must be divisible by num_key_value_heads={groups}"
+    layers = model["num_hidden_layers"]
+    if layers % pp:
+        yield (f"the model's layers, num_hidden_layers={layers}, must be divisible by parallel.pipeline_parallel_size={pp}; "
+               "uneven stages are not supported by this version")
+
+
+def _expert_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
+    ep, etp = config.parallel.expert_parallel_size, config.parallel.expert_tensor_parallel_size
+    if not moe:
+        for key, size in (("expert_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+            if size > 1:
+                yield f"parallel.{key}={size} needs a mixture-of-experts model, but model_type is {model['model_type']!r}; set it to 1"
+        return
+    if model["num_experts"] % ep:
+        yield f"the model's experts, num_experts={model['num_experts']}, must be divisible by parallel.expert_parallel_size={ep}"
+    if model["moe_intermediate_size"] % etp:
+        yield (f"the model's expert width, moe_intermediate_size={model['moe_intermediate_size']}, must be divisible by "
+               f"parallel.expert_tensor_parallel_size={etp}")
+
+
+def _length_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[str]:
+    # trainer.micro_batch_tokens may be smaller than the context: a longer sequence is its own micro-batch.
+    context, positions = max_context(config, model), model["max_position_embeddings"]
+    where = "rollout.max_context" if config.rollout.max_context else "the model's max_position_embeddings"
+    if context > positions:
+        yield f"rollout.max_context={context} must not exceed the model's max_position_embeddings={positions}"
+    for key, tokens in (("rollout.max_new_tokens", config.rollout.max_new_tokens),
+                        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens)):
+        if tokens is not None and tokens >= context:
+            yield f"{key}={tokens} must be less than {where}={context}: the prompt needs room too"
+
+
+def _vllm_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool, cpu: bool) -> Iterator[str]:
+    tp = config.rollout.tensor_parallel_size
+    heads, groups = model["num_attention_heads"], model["num_key_value_heads"]
+    if heads % tp:
+        yield f"the model's num_attention_heads={heads} must be divisible by rollout.tensor_parallel_size={tp}"
+    if groups % tp and tp % groups:
+        yield f"the model's num_key_value_heads={groups} must be a multiple or a divisor of rollout.tensor_parallel_size={tp}"
+    key = "moe_intermediate_size" if moe else "intermediate_size"
+    if model[key] % tp:
+        yield f"the model's {key}={model[key]} must be divisible by rollout.tensor_parallel_size={tp}"
+    if moe and tp > model["num_experts"]:
+        yield f"rollout.tensor_parallel_size={tp} must not exceed the model's num_experts={model['num_experts']}"
+    if cpu and model["head_dim"] not in VLLM_CPU_HEAD_SIZES:
+        yield (f"the model's head_dim={model['head_dim']} is not one vLLM has on CPU "
+               f"({', '.join(map(str, VLLM_CPU_HEAD_SIZES))}); set rollout.engine=megatron")
+
+
+# --- files and packages ---
+
+
+def _file_problems(config: RunConfig) -> Iterator[str]:
+    yield from _model_file_problems(config)
+    named = [(f"data.train[{i}]", path) for i, path in enumerate(config.data.train)]
+    named += [(f"evaluation.benchmarks[{i}].path ({b.name})", b.path) for i, b in enumerate(config.evaluation.benchmarks)]
+    for key, path in named:
+        if not Path(path).is_file():
+            yield f"{key}: no file at {path} (taken from {Path.cwd()})"
+    for key, folder in (("checkpoint.continual_from", config.checkpoint.continual_from),
+                        ("debug.load_rollouts", config.debug.load_rollouts)):
+        if folder is not None and not Path(folder).is_dir():
+            yield f"{key}: no directory at {folder}"
+    yield from _package_problems(config)
+
+
+def _model_file_problems(config: RunConfig) -> Iterator[str]:
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        yield f"model.path: no directory at {folder} (taken from {Path.cwd()}); it must be a local Hugging Face checkpoint"
+        return
+    if not (folder / "config.json").is_file():
+        yield f"model.path: no config.json in {folder}"
+    else:
+        try:
+            json.loads((folder / "config.json").read_text())
+        except json.JSONDecodeError as error:
+            yield f"model.path: {folder / 'config.json'} is not valid JSON: {error}"
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield f"model.path: no tokenizer in {folder} (looked for {', '.join(TOKENIZER_FILES)})"
+    if not any(folder.glob("*.safetensors")):
+        yield f"model.path: no weights in {folder} (looked for *.safetensors)"
+
+
+def _package_problems(config: RunConfig) -> Iterator[str]:
+    if config.rollout.engine == "vllm" and config.debug.load_rollouts is None and not _has("vllm"):
+        yield "rollout.engine=vllm: vLLM is not installed; run tools/setup_env.sh, or set rollout.engine=megatron"
+    for key, value in (("optimizer.backend", config.optimizer.backend), ("model.spec", config.model.spec)):
+        if value == "te" and not _has("transformer_engine"):
+            yield f"{key}=te: transformer-engine is not installed; pip install 'megatron_antisd[te]', or set {key}=" + (
+                "torch" if key == "optimizer.backend" else "local")
+    if config.optimizer.backend == "apex" and not _has("apex", inside="optimizers"):
+        yield ("optimizer.backend=apex: NVIDIA's apex is not installed (the package index's `apex` is another project of "
+               "that name); build it from source or set optimizer.backend=torch")
+    if config.logging.wandb_project is not None and not _has("wandb"):
+        yield "logging.wandb_project: wandb is not installed; pip install wandb, or leave the key out"
+    function = config.grading.function
+    if function is not None:
+        module, separator, name = function.partition(":")
+        if not (separator and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            yield f"grading.function={function!r} is not of the form package.module:function"
+        elif not _has(module.split(".")[0]):
+            yield f"grading.function={function!r}: there is no package {module.split('.')[0]!r} to import"
+
+
+def _has(package: str, *, inside: str | None = None) -> bool:
+    """Whether a top-level package (with a module `inside`) can be found. Nothing is imported: a broken one may do anything."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or inside is None:
+        return spec is not None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return any((folder / inside).is_dir() or (folder / f"{inside}.py").is_file() for folder in folders)
+
+
+def _cuda_available() -> bool:
+    import torch  # here, not above: planning a layout does without torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,6 @@
+"""Problems in, prompts and packed micro-batches out."""
+
+from megatron_antisd.data.problems import ProblemDataError, ProblemSampler, load_problems
+from megatron_antisd.data.templates import PromptBuilder, PromptError, audit, feedback_for, strip_thinking
+
+__all__ = ["ProblemDataError", "ProblemSampler", "PromptBuilder", "PromptError", "audit", "feedback_for", "load_problems", "strip_thinking"]

@@ -1,0 +1,256 @@
+"""Grading in worker processes with real wall-clock time-outs.
+
+An answer that hangs (a loop, an endless simplification inside C code) or kills its process costs that one answer: the
+worker is killed and replaced, the reward is 0.0 and the report counts it. No signals inside the worker, no threads in
+the parent: one loop waits on the pipes of all workers, so the pool works in every rank under torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Pipe, wait
+from types import TracebackType
+
+from megatron_antisd.grading.worker import FAILED_START, INVALID, MATH_FUNCTION, RAISED, READY, REWARD
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 120.0
+"""Time-out of a worker's start: importing the function's module. Generous, for a network file system with many ranks."""
+START_ATTEMPTS = 3
+"""Workers that may be lost in a row without having graded anything (while starting or idle) before the pool gives up."""
+
+_DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_WORKER_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from megatron_antisd.grading.worker import serve; serve(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))"
+)
+
+
+class GradingError(RuntimeError):
+    """Grading cannot go on: the function cannot be loaded, breaks its contract, or fails on everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingReport:
+    """What `GradingPool.grade_many` found. Example: `GradingReport(rewards=(1.0, 0.0), timeouts=1, crashes=0)`."""
+
+    rewards: tuple[float, ...]
+    """In the order of the pairs; 0.0 for each answer counted below."""
+    timeouts: int
+    """Answers whose worker was killed after `timeout_seconds`."""
+    crashes: int
+    """Answers whose worker died, or on which the function raised."""
+
+
+class _Worker:
+    """A worker process, its pipe and what it is busy with."""
+
+    def __init__(self, function: str, timeout_seconds: float) -> None:
+        self.connection, child = Pipe()
+        self.ready = False
+        self.index: int | None = None
+        """Of the pair it is grading."""
+        self.deadline = time.monotonic() + START_SECONDS
+        command = [sys.executable, "-c", _WORKER_CODE, json.dumps(sys.path), str(child.fileno()), function, str(timeout_seconds)]
+        # Its own process group, so that whatever a user's function starts is killed with the worker.
+        self.process = subprocess.Popen(
+            command, pass_fds=(child.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        child.close()
+
+    def kill(self) -> int:
+        """End the process and what it started; returns its exit code (negative: the signal)."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has ended already
+        self.connection.close()
+        return self.process.wait()
+
+
+class GradingPool:
+    """`workers` processes that grade with `function`, `timeout_seconds` of wall clock for each answer.
+
+    `function` is a dotted path `package.module:function` with the signature `(response: str, answer: str) -> float`, or
+    None for the math grader. It is loaded in the workers only, before the constructor returns.
+
+    Raises GradingError when the function cannot be loaded. Use as a context manager or call `close`; at the latest the
+    workers end with the pool's owner.
+    """
+
+    def __init__(self, workers: int, timeout_seconds: float, function: str | None = None) -> None:
+        if workers < 1:
+            raise ValueError(f"GradingPool: workers is {workers}, expected at least 1")
+        if not 0 < timeout_seconds < float("inf"):
+            raise ValueError(f"GradingPool: timeout_seconds is {timeout_seconds}, expected a positive number of seconds")
+        if function is not None and not _DOTTED_PATH.fullmatch(function):
+            raise GradingError(f"grading.function is {function!r}, expected 'package.module:function'")
+        self._function = function or MATH_FUNCTION
+        self._timeout = timeout_seconds
+        self._lost = 0
+        self._lock = threading.Lock()
+        self._workers: list[_Worker] = []
+        self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
+        try:
+            self._workers.extend(_Worker(self._function, self._timeout) for _ in range(workers))
+            while not all(worker.ready for worker in self._workers):
+                self._await_messages(_Call(pairs=()))
+        except BaseException:
+            self.close()
+            raise
+
+    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> GradingReport:
+        """Grade (response, answer) pairs; the rewards come in their order. Safe to call from any thread, one call at a time.
+
+        Raises GradingError when the function returns something other than a finite number, or raises on every pair:
+        a broken grader must not look like a policy that solves nothing.
+        """
+        with self._lock:
+            if not self._finalizer.alive:
+                raise GradingError("the grading pool is closed")
+            call = _Call(pairs=pairs)
+            try:
+                while call.open:
+                    self._hand_out(call)
+                    self._await_messages(call)
+            except BaseException:
+                self.close()  # workers may be half-way through this call's pairs
+                raise
+        return call.report(self._function)
+
+    def close(self) -> None:
+        """Kill the workers. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> GradingPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _hand_out(self, call: _Call) -> None:
+        for slot, worker in enumerate(self._workers):
+            if not call.waiting:
+                return
+            if not worker.ready or worker.index is not None:
+                continue
+            try:
+                worker.connection.send(call.pairs[call.waiting[0]])
+            except (BrokenPipeError, ConnectionResetError):
+                self._replace(slot, "while idle")  # died between two answers: no answer's fault
+                continue
+            worker.index = call.waiting.popleft()
+            worker.deadline = time.monotonic() + self._timeout
+
+    def _await_messages(self, call: _Call) -> None:
+        """Wait for one message, one death or one deadline, and deal with all that happened by then."""
+        busy = [w for w in self._workers if not w.ready or w.index is not None]
+        patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+        messages = wait([worker.connection for worker in busy], timeout=patience)
+        now = time.monotonic()
+        for slot, worker in enumerate(self._workers):
+            if worker.connection in messages:
+                self._receive(slot, worker, call)
+            elif worker in busy and now >= worker.deadline:
+                if worker.index is None:
+                    raise GradingError(f"a grading worker did not load {self._function!r} within {START_SECONDS:.0f} s")
+                logger.warning("grading of answer %d took longer than %g s; it scores 0", worker.index, self._timeout)
+                call.fail(worker.index, timeout=True)
+                self._replace(slot, None)
+
+    def _receive(self, slot: int, worker: _Worker, call: _Call) -> None:
+        try:
+            kind, value = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            if worker.index is None:
+                self._replace(slot, "while starting")
+                return
+            call.fail(worker.index)
+            code = self._replace(slot, None)
+            logger.warning("a grading worker died on answer %d (exit code %d); it scores 0", worker.index, code)
+            return
+        if kind in (FAILED_START, INVALID):
+            raise GradingError(value)
+        if kind == READY:
+            worker.ready = True
+            return
+        if kind == REWARD:
+            call.settle(worker.index, value)
+        elif kind == RAISED:
+            call.fail(worker.index, trace=value)
+        worker.index = None
+        self._lost = 0
+
+    def _replace(self, slot: int, lost: str | None) -> int:
+        """A fresh worker in place of this one. `lost` says when it died if that was not an answer's doing."""
+        code = self._workers[slot].kill()
+        if lost is not None:
+            self._lost += 1
+            logger.warning("a grading worker died %s (exit code %d)", lost, code)
+            if self._lost >= START_ATTEMPTS:
+                raise GradingError(
+                    f"{self._lost} grading workers in a row died without an answer, the last {lost} with exit code {code} "
+                    "(-9: killed, perhaps out of memory); their own messages are on stderr"
+                )
+        self._workers[slot] = _Worker(self._function, self._timeout)
+        return code
+
+
+class _Call:
+    """The state of one `grade_many`."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self.pairs = pairs
+        self.waiting = deque(range(len(pairs)))
+        self.open = len(pairs)
+        """Pairs without a reward yet."""
+        self.rewards: list[float | None] = [None] * len(pairs)
+        self.timeouts = 0
+        self.crashes = 0
+        self.traces: list[str] = []
+
+    def settle(self, index: int, reward: float) -> None:
+        assert self.rewards[index] is None, f"answer {index} was graded twice"
+        self.rewards[index] = reward
+        self.open -= 1
+
+    def fail(self, index: int, *, timeout: bool = False, trace: str | None = None) -> None:
+        self.settle(index, 0.0)
+        if timeout:
+            self.timeouts += 1
+        else:
+            self.crashes += 1
+        if trace is not None:
+            self.traces.append(trace)
+
+    def report(self, function: str) -> GradingReport:
+        if self.traces and len(self.traces) == len(self.pairs):
+            raise GradingError(
+                f"grading function {function!r} raised on every one of {len(self.pairs)} answers; the first:\n{self.traces[0]}"
+            )
+        if self.traces:
+            logger.warning("grading function %r raised on %d of %d answers, which score 0; the first:\n%s",
+                           function, len(self.traces), len(self.pairs), self.traces[0])  # fmt: skip
+        return GradingReport(rewards=tuple(self.rewards), timeouts=self.timeouts, crashes=self.crashes)
+
+
+def _kill_all(workers: list[_Worker], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork of the owner: the workers are not its own
+    for worker in workers:
+        worker.kill()
+    workers.clear()

@@ -1,0 +1,129 @@
+"""The files a run writes: JSON lines that survive a crash and can be cut back to a step.
+
+A row is an object with an integer `step`. What was appended is on the disk; a process that dies in the middle of an append leaves one
+line without its newline, which is the only damage that reading forgives.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID = "metrics.jsonl", "samples.jsonl", "token_u.jsonl", "tensorboard", "wandb_id.txt"
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsError(ValueError):
+    """A row that may not be written, or a file that cannot be read; the message names the key or the line."""
+
+
+class JsonLines:
+    """Appends rows to a file, which is made at the first row. What `append` returned from, survives a crash."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not rows:
+            return
+        text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        if self._file is None:
+            self._file = self._path.open("ab")
+            _sync_directory(self._path.parent)
+        self._file.write(text.encode("utf-8", errors="replace"))  # a lone surrogate in sampled text is no reason to stop
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of one of the writer's files as they stand. A last line cut off by a crash is left out with a warning; any other
+    bad line raises MetricsError."""
+    return [row for _, row in _parse(path)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, one a step, training and evaluation merged, in the order of steps. Absent keys stay absent.
+
+    Raises MetricsError where a line cannot be read or one step has the same key twice."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in read_rows(path):
+        known = merged.setdefault(row["step"], {"step": row["step"]})
+        twice = [key for key in row if key != "step" and key in known]
+        if twice:
+            raise MetricsError(f"{path}: step {row['step']} has {twice[:3]} twice; two runs wrote into one file")
+        known.update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+def remove_from_step(path: Path, step: int) -> None:
+    """Atomically remove the rows with `step` and later, and a last line cut off by a crash. What is kept, is kept byte by byte."""
+    if not path.is_file():
+        return
+    kept = b"".join(line + b"\n" for line, row in _parse(path) if row["step"] < step)
+    if kept == path.read_bytes():
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each line with its row. Split at newline bytes alone: text may hold Unicode's other line ends."""
+    *lines, tail = path.read_bytes().split(b"\n")
+    parsed: list[tuple[bytes, dict[str, Any]]] = []
+    for number, line in enumerate([*lines, tail], start=1):
+        is_tail = number == len(lines) + 1
+        if is_tail and not line:
+            break
+        try:
+            row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("expected an object with an integer 'step'")
+        except ValueError as error:
+            if is_tail:  # written without its newline: the process died in the middle of the line
+                _log.warning("%s: dropping the last line (%d), cut off after %d bytes", path, number, len(line))
+                break
+            raise MetricsError(f"{path} line {number} is broken ({error}); repair it or move the file away: {line[:80]!r}") from error
+        parsed.append((line, row))
+    return parsed
+
+
+def move_aside(directory: Path) -> None:
+    """Rename an earlier run's files in `directory` to `<name>.old-<n>`, so that a new run starts with none."""
+    present = [directory / name for name in (METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID) if (directory / name).exists()]
+    if not present:
+        return
+    number = 1
+    while list(directory.glob(f"*.old-{number}")):
+        number += 1
+    for path in present:
+        path.rename(path.with_name(f"{path.name}.old-{number}"))
+    _log.warning("%s held an earlier run's %s; moved to *.old-%d", directory, ", ".join(p.name for p in present), number)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename or a new file in `directory` survive a crash."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,192 @@
+"""The writer of a run's metrics; the package's docstring states the order of its calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_antisd.config import ConfigError, LoggingConfig
+from megatron_antisd.metrics.console import ConsoleLog, Value, is_accuracy
+from megatron_antisd.metrics.files import (
+    METRICS,
+    SAMPLES,
+    TENSORBOARD,
+    TOKEN_U,
+    WANDB_ID,
+    JsonLines,
+    MetricsError,
+    move_aside,
+    read_rows,
+    remove_from_step,
+)
+from megatron_antisd.metrics.stages import STAGES
+
+STEP_KEYS = (
+    "step", "reward_mean", "reward_completed_mean", "response_length_mean", "truncation_rate",
+    "student_entropy_mean", "teacher_entropy_median", "gate_open", "gate_warm", "gate_down", "lambda",
+    "u_mean", "u_negative_share", "phi_bound_share", "loss", "grad_norm", "clip_fraction",
+    "mismatch_kl", "mismatch_max", "tokens", "tokens_per_second", "seconds_total",
+    *(f"seconds_{stage}" for stage in STAGES),
+)  # fmt: skip
+"""The keys of every training row. `step` is the writer's; all others must be given, None where the value does not exist
+(the teacher's in a run without one, the loss of a skipped update). More keys may follow."""
+
+SAMPLE_KEYS = ("problem_id", "prompt", "response", "reward", "truncated")
+TOKEN_U_KEYS = ("kind", "mean_u", "count")
+
+
+class MetricsWriter:
+    """Writes the files of one run directory. Use as a context manager, or call `close()`.
+
+    `resume_step` is the first step that will run again: rows from it on are removed from the files. None starts a new run: files
+    of an earlier one in the same directory are moved aside, not deleted.
+    """
+
+    def __init__(
+        self, directory: Path, *, config: LoggingConfig, total_steps: int, resume_step: int | None, run_name: str, is_writer: bool
+    ) -> None:
+        self._is_writer = is_writer
+        if not is_writer:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        if resume_step is None:
+            move_aside(directory)
+        else:
+            for name in (METRICS, SAMPLES, TOKEN_U):
+                remove_from_step(directory / name, resume_step)
+        self._metrics = JsonLines(directory / METRICS)
+        self._samples = JsonLines(directory / SAMPLES)
+        self._token_u = JsonLines(directory / TOKEN_U)
+        kept = read_rows(directory / METRICS) if resume_step is not None and (directory / METRICS).is_file() else []
+        self._last_step = max((row["step"] for row in kept if not _is_evaluation(row)), default=0)
+        self._last_evaluation = max((row["step"] for row in kept if _is_evaluation(row)), default=-1)
+        self._total_steps = total_steps
+        self._tensorboard = _open_tensorboard(directory / TENSORBOARD, resume_step) if config.tensorboard else None
+        self._wandb = _open_wandb(directory, config.wandb_project, run_name) if config.wandb_project else None
+        self._console = ConsoleLog(run_name, total_steps, self._last_step, show_bar=config.progress)
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write the row of training step `step` (1..total_steps, rising). `values` holds at least STEP_KEYS without `step`.
+
+        Raises MetricsError for a missing key, a NaN or infinity, a value that is no plain number, or a step out of order.
+        """
+        if not self._is_writer:
+            return
+        missing = [key for key in STEP_KEYS if key != "step" and key not in values]
+        if missing:
+            raise MetricsError(f"step {step}: the row lacks {missing}; give every key of STEP_KEYS, None where there is no value")
+        evaluation = [key for key in values if key.startswith("eval/")]
+        if evaluation:
+            raise MetricsError(f"step {step}: {evaluation} belong to an evaluation; write them with log_evaluation")
+        self._check_order(step, self._last_step, "training")
+        row = {key: values[key] for key in STEP_KEYS if key != "step"} | dict(values)
+        self._write(step, row)
+        self._last_step = step
+        self._console.step(step, row)
+
+    def log_evaluation(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write an evaluation of the policy after `step` updates (0..total_steps, rising). Keys begin with `eval/`; `avg@k` and
+        `pass@k` are fractions from 0 to 1. Raises MetricsError otherwise."""
+        if not self._is_writer:
+            return
+        if not values:
+            raise MetricsError(f"evaluation at step {step}: there are no values")
+        for key, value in values.items():
+            if not key.startswith("eval/"):
+                raise MetricsError(f"evaluation at step {step}: key {key!r} must begin with 'eval/', e.g. 'eval/aime24/avg@32'")
+            if is_accuracy(key) and value is not None and not 0 <= value <= 1:
+                raise MetricsError(f"evaluation at step {step}: {key} is {value}, expected a fraction from 0 to 1")
+        self._check_order(step, self._last_evaluation, "evaluation")
+        self._write(step, dict(values))
+        self._last_evaluation = step
+        self._console.evaluation(step, values)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Append decoded rollouts of an evaluation to samples.jsonl: SAMPLE_KEYS and whatever else is JSON."""
+        if self._is_writer:
+            self._samples.append([_checked_row(step, row, SAMPLE_KEYS, SAMPLES) for row in samples])
+
+    def log_token_u(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append mean u by kind of token to token_u.jsonl: TOKEN_U_KEYS (`mean_u` in nats, `count` tokens)."""
+        if self._is_writer:
+            self._token_u.append([_checked_row(step, row, TOKEN_U_KEYS, TOKEN_U) for row in rows])
+
+    def close(self) -> None:
+        if not self._is_writer:
+            return
+        self._console.close()
+        for rows in (self._metrics, self._samples, self._token_u):
+            rows.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_order(self, step: int, last: int, kind: str) -> None:
+        if not last < step <= self._total_steps:
+            raise MetricsError(f"{kind} step {step} is out of order: expected a step after {last} and at most {self._total_steps}")
+
+    def _write(self, step: int, values: Mapping[str, Value]) -> None:
+        for key, value in values.items():
+            _check_value(step, key, value)
+        self._metrics.append([{"step": step, **values}])
+        present = {key: value for key, value in values.items() if value is not None}
+        if self._tensorboard is not None:
+            for key, value in present.items():
+                self._tensorboard.add_scalar(key, value, global_step=step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(present, step=step)
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return all(key == "step" or key.startswith("eval/") for key in row)
+
+
+def _check_value(step: int, key: str, value: Value) -> None:
+    if key == "step":
+        raise MetricsError(f"step {step}: the writer sets 'step' itself; leave it out of the values")
+    if value is not None and not isinstance(value, (float, int)):
+        raise MetricsError(f"step {step}: {key} is a {type(value).__name__}, expected float, int, bool or None (tensors: .item())")
+    if value is not None and not math.isfinite(value):
+        raise MetricsError(f"step {step}: {key} is {value}; give None where a value does not exist, and look for what made this one")
+
+
+def _checked_row(step: int, row: Mapping[str, Any], required: Sequence[str], file: str) -> dict[str, Any]:
+    missing = [key for key in required if key not in row]
+    if missing:
+        raise MetricsError(f"step {step}: a row of {file} lacks {missing}; it has {sorted(row)}")
+    for key, value in row.items():
+        if isinstance(value, float):
+            _check_value(step, key, value)
+    return {"step": step, **row}
+
+
+def _open_tensorboard(directory: Path, resume_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("logging.tensorboard=true needs the package tensorboard: install it or set logging.tensorboard=false") from error
+    return SummaryWriter(log_dir=str(directory), purge_step=resume_step)
+
+
+def _open_wandb(directory: Path, project: str, run_name: str) -> Any:
+    """Continue the run whose id stands in the directory, or start one. On a resume W&B itself ignores steps it already has."""
+    try:
+        import wandb
+    except ImportError as error:
+        message = f"logging.wandb_project={project} needs the package wandb: install it or set logging.wandb_project=null"
+        raise ConfigError(message) from error
+    id_file = directory / WANDB_ID
+    run_id = id_file.read_text().strip() if id_file.is_file() else None
+    run = wandb.init(project=project, name=run_name, dir=str(directory), id=run_id, resume="allow")
+    id_file.write_text(run.id + "\n")
+    return run

@@ -1,0 +1,1 @@
+"""Model families as tables, and the Megatron model built from them."""

@@ -1,0 +1,182 @@
+"""Weights in and out of the shards: Hugging Face safetensors -> this rank's parameters, and shards -> a stream of
+(Hugging Face name, full tensor), bucketed. Pure merging and splitting live in `models.weight_map`; here is the communication."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megatron_antisd.models.build import ModelDescription, PolicyModel
+from megatron_antisd.models.weight_map import Layout, Weight, merge, split
+from megatron_antisd.parallel.layout import ProcessLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedWeight:
+    """One parameter somewhere in the world: a table row with its layer (and local expert) filled in."""
+
+    weight: Weight
+    layer: int | None
+    local_expert: int | None
+    stage: int
+    """Pipeline rank that holds it."""
+    shape: tuple[int, ...]
+    """Of one shard."""
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def huggingface_names(self, expert: int | None) -> tuple[str, ...]:
+        return tuple(name.format(layer=self.layer, expert=expert) for name in self.weight.huggingface)
+
+
+def local_weights(model: PolicyModel, description: ModelDescription, layout: ProcessLayout) -> list[tuple[ShardedWeight, torch.nn.Parameter]]:
+    """This rank's parameters, each with its row, in table order. Raises RuntimeError for a parameter no row names."""
+    parameters = dict(model.named_parameters())
+    numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    experts = description.experts // layout.expert_size if description.experts else 0
+    found: list[tuple[ShardedWeight, torch.nn.Parameter]] = []
+    for weight in description.weights:
+        for local_layer, layer in numbers.items() if "{layer}" in weight.megatron else [(None, None)]:
+            for expert in range(experts) if weight.expert else [None]:
+                parameter = parameters.pop(weight.megatron.format(layer=local_layer, expert=expert), None)
+                if parameter is not None:
+                    found.append((ShardedWeight(
+                        weight=weight, layer=layer, local_expert=expert, stage=layout.pipeline_rank,
+                        shape=tuple(parameter.shape), dtype=parameter.dtype), parameter))
+    # A tied output layer on the last of several stages is a copy of the embedding and has no name of its own.
+    leftover = [name for name in parameters if not (description.tied and name == "output_layer.weight")]
+    if leftover:
+        raise RuntimeError(f"parameters without a row in the weight table: {leftover}; add them to the family's table")
+    return found
+
+
+def load_huggingface(model: PolicyModel, description: ModelDescription, layout: ProcessLayout, model_dir: str | Path) -> None:
+    """Fill this rank's parameters from safetensors. Raises ValueError naming a tensor that is missing or of another shape."""
+    reader = _Reader(Path(model_dir))
+    experts = description.experts // layout.expert_size if description.experts else 0
+    for entry, parameter in local_weights(model, description, layout):
+        expert = None if entry.local_expert is None else layout.expert_rank * experts + entry.local_expert
+        rank, size = _tensor_place(entry.weight, layout)
+        full = [reader.read(name) for name in entry.huggingface_names(expert)]
+        _fill(parameter, split(entry.weight.layout, full, rank, size, description.geometry), entry.huggingface_names(expert))
+    if description.tied and layout.pipeline_size > 1 and model.post_process:
+        full = [reader.read("model.embed_tokens.weight")]
+        shard = split(Layout.VOCAB, full, layout.tensor_rank, layout.tensor_size, description.geometry)
+        _fill(model.output_layer.weight, shard, ("model.embed_tokens.weight",))
+
+
+class WeightStream:
+    """Streams the policy out of the trainer. Planned once; every rank must drain every stream it starts (collective)."""
+
+    def __init__(self, model: PolicyModel, description: ModelDescription, layout: ProcessLayout, bucket_bytes: int = 256 << 20) -> None:
+        self.description, self.layout = description, layout
+        self._local = {(e.weight.megatron, e.layer, e.local_expert): p for e, p in local_weights(model, description, layout)}
+        everyone: list[list[ShardedWeight]] = [[] for _ in range(layout.pipeline_size)]
+        mine = [entry for entry, _ in local_weights(model, description, layout)]
+        dist.all_gather_object(everyone, mine, group=layout.pipeline)
+        entries = [entry for stage in everyone for entry in stage]
+        self.buckets = _plan_buckets(entries, layout, bucket_bytes)
+        places: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size(layout.expert_shards)
+        dist.all_gather_object(places, (layout.expert_rank, layout.expert_tensor_rank), group=layout.expert_shards)
+        self._expert_places = places
+
+    def stream(self, source: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor on this rank's device), the same on every rank. `source` picks what travels: the
+        parameter itself, or a tensor of its shape such as its gradient."""
+        for bucket in self.buckets:
+            shards = self._gather(bucket, source)  # [ranks of the shard group, numel of the bucket]
+            offset = 0
+            for entry in bucket:
+                parts = [row[offset : offset + entry.numel].view(entry.shape) for row in shards]
+                offset += entry.numel
+                yield from self._merge(entry, parts)
+
+    @torch.no_grad()
+    def _gather(self, bucket: Sequence[ShardedWeight], source: Callable[[torch.nn.Parameter], torch.Tensor]) -> torch.Tensor:
+        layout, first = self.layout, bucket[0]
+        group = layout.expert_shards if first.weight.expert else layout.tensor
+        size = dist.get_world_size(group)
+        numel = sum(entry.numel for entry in bucket)
+        dtype = first.dtype if source is torch.Tensor.detach else torch.float32  # gradients are fp32
+        shards = torch.empty(size, numel, dtype=dtype, device=layout.device)
+        if first.stage == layout.pipeline_rank:
+            flat = torch.cat([source(self._local[(e.weight.megatron, e.layer, e.local_expert)]).flatten() for e in bucket])
+            dist.all_gather_into_tensor(shards.view(-1), flat, group=group)
+        if layout.pipeline_size > 1:
+            dist.broadcast(shards, src=dist.get_global_rank(layout.pipeline, first.stage), group=layout.pipeline)
+        return shards
+
+    def _merge(self, entry: ShardedWeight, parts: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        geometry = self.description.geometry
+        if not entry.weight.expert:
+            yield from zip(entry.huggingface_names(None), merge(entry.weight.layout, parts, geometry), strict=True)
+            return
+        experts = self.description.experts // self.layout.expert_size
+        for expert_rank in range(self.layout.expert_size):
+            by_tensor_rank = {place[1]: part for place, part in zip(self._expert_places, parts, strict=True) if place[0] == expert_rank}
+            mine = [by_tensor_rank[rank] for rank in range(self.layout.expert_tensor_size)]
+            names = entry.huggingface_names(expert_rank * experts + entry.local_expert)
+            yield from zip(names, merge(entry.weight.layout, mine, geometry), strict=True)
+
+
+def _plan_buckets(entries: Sequence[ShardedWeight], layout: ProcessLayout, bucket_bytes: int) -> list[list[ShardedWeight]]:
+    """Consecutive entries of one stage, kind and dtype, up to `bucket_bytes` of gathered tensors."""
+    buckets: list[list[ShardedWeight]] = []
+    size = 0
+    kind: tuple[int, bool, torch.dtype] | None = None
+    for entry in sorted(entries, key=lambda e: (e.stage, e.weight.expert)):
+        ranks = layout.expert_size * layout.expert_tensor_size if entry.weight.expert else layout.tensor_size
+        cost = entry.numel * ranks * entry.dtype.itemsize
+        this = (entry.stage, entry.weight.expert, entry.dtype)
+        if this != kind or size + cost > bucket_bytes:
+            buckets.append([])
+            kind, size = this, 0
+        buckets[-1].append(entry)
+        size += cost
+    return buckets
+
+
+def _tensor_place(weight: Weight, layout: ProcessLayout) -> tuple[int, int]:
+    return (layout.expert_tensor_rank, layout.expert_tensor_size) if weight.expert else (layout.tensor_rank, layout.tensor_size)
+
+
+def _fill(parameter: torch.nn.Parameter, value: torch.Tensor, names: tuple[str, ...]) -> None:
+    if parameter.shape != value.shape:
+        raise ValueError(f"{', '.join(names)} gives a shard of shape {tuple(value.shape)}, the model expects {tuple(parameter.shape)}: "
+                         "the weights are those of another model than config.json describes")
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+class _Reader:
+    """Tensors by name out of one or many safetensors files."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+        else:
+            single = directory / "model.safetensors"
+            if not single.is_file():
+                raise ValueError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
+            with safe_open(single, framework="pt") as handle:
+                files = dict.fromkeys(handle.keys(), single.name)
+        self.directory, self.files = directory, files
+        self._open: dict[str, safe_open] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.files:
+            raise ValueError(f"{self.directory} has no tensor {name!r}; it is a checkpoint of another model than its config.json describes")
+        file = self.files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.directory / file, framework="pt")
+        return self._open[file].get_tensor(name)

@@ -1,0 +1,202 @@
+"""The policy on this rank's shards: score views, take a step, stream the weights out. Layout-blind to its callers.
+
+Both `score` and `step` run Megatron's pipeline schedule over packed micro-batches. The loss of a micro-batch is already
+divided by the global token count, so gradients are plain sums over micro-batches and data-parallel ranks (invariant 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_antisd.algorithm import clipped_surrogate, token_advantage, token_weights
+from megatron_antisd.config import RunConfig
+from megatron_antisd.data.packing import MicroBatch, input_length, pack, plan_micro_batches
+from megatron_antisd.models.attention import PackedSequences
+from megatron_antisd.models.build import ModelDescription, PolicyModel, build_model
+from megatron_antisd.parallel.layout import ProcessLayout
+from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
+from megatron_antisd.parallel.reshard import WeightStream, load_huggingface
+from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
+from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """This data-parallel rank's micro-batches of a batch, and where every view's tokens stand in the global token vector."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    offsets: tuple[int, ...]
+    """Start of each view's response tokens."""
+    lengths: tuple[int, ...]
+    padding_share: float
+    """Global share of padding among the tokens through the model."""
+
+    def tokens_of(self, micro: MicroBatch) -> torch.Tensor:
+        """[R] global token indices of a micro-batch's response tokens."""
+        return torch.cat([torch.arange(self.offsets[i], self.offsets[i] + self.lengths[i]) for i in micro.indices])
+
+
+class Trainer:
+    """One policy, sharded as `config.parallel` says."""
+
+    def __init__(self, config: RunConfig, layout: ProcessLayout, description: ModelDescription) -> None:
+        self.config, self.layout, self.description = config, layout, description
+        (self.model,) = build_model(description, config.model, config.parallel)
+        load_huggingface(self.model, description, layout, config.model.path)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer, overlap_grad_reduce=False)
+        self.ddp = DistributedDataParallel(self.model.config, ddp, self.model)
+        dtype = getattr(torch, config.model.dtype)
+        self.optimizer = build_optimizer(config.optimizer, [self.ddp], dtype, config.parallel.distributed_optimizer)
+        self.model.config.finalize_model_grads_func = _sum_gradients
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self._schedule = get_forward_backward_func()
+        self._stream = WeightStream(self.model, description, layout)
+
+    def score(self, views: Sequence[ScoringView]) -> TokenScores:
+        """Log-prob and exact entropy of every response token, without gradient. Collective; every rank returns all of them."""
+        plan = self._plan(views, self.config.trainer.score_micro_batch_tokens)
+        self.model.eval()
+        with torch.no_grad():
+            results = self._run(plan, lambda micro, hidden: self._scores(micro, hidden), forward_only=True)
+        return self._assemble(plan, results)
+
+    def step(self, batch: TrainingBatch, learning_rate: float) -> StepStats:
+        """One policy update; skipped, with nothing changed, when loss or gradient is not finite. Collective."""
+        plan = self._plan(batch.views, self.config.trainer.micro_batch_tokens)
+        weights = token_weights(batch.lengths, batch.sequence_mask, self.config.algorithm.loss)
+        self.model.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(plan, partial(self._policy_loss, plan, batch, weights), forward_only=False)
+        student = self._assemble(plan, results)
+        loss, clipped = self._sum_over_batch([r[2] for r in results], [r[3] for r in results])
+        set_learning_rate(self.optimizer, learning_rate)
+        norm, applied = guarded_update(self.optimizer, self.config.optimizer.clip_grad, finite_loss=_finite(loss))
+        difference = student.log_prob - batch.engine_log_prob
+        return StepStats(
+            loss=loss, grad_norm=norm, skipped=not applied, clip_fraction=clipped / batch.tokens,
+            student_entropy_mean=float(student.entropy.double().mean()),
+            mismatch_kl=float((torch.expm1(difference.double()) - difference.double()).mean()),
+            mismatch_mean=float(difference.abs().double().mean()), mismatch_max=float(difference.abs().max()),
+            padding_share=plan.padding_share, student=student,
+        )
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor) of the whole policy, bucketed. Collective: drain it on every rank."""
+        return self._stream.stream()
+
+    def hidden_states(self, micro: MicroBatch, packed: PackedSequences) -> torch.Tensor | None:
+        """[T, H] final hidden states of one row on the last pipeline stage, None elsewhere; no gradient. For the in-process sampler."""
+        self.model.eval()
+        with torch.no_grad():
+            results = self._run_rows([(micro, packed)], lambda _, hidden: (self._whole_row(hidden),), forward_only=True)
+        return results[0][0] if results else None
+
+    # -- one batch through the schedule ---------------------------------------------------------------------------------
+
+    def _plan(self, views: Sequence[ScoringView], limit: int) -> _Plan:
+        lengths = tuple(len(view.response_ids) for view in views)
+        plan = plan_micro_batches([input_length(v) for v in views], self.layout.data_size, limit)
+        tp = self.layout.tensor_size
+        mine = tuple(pack(views, indices, multiple=tp) for indices in plan[self.layout.data_rank])
+        rows = [sum(input_length(views[i]) for i in row) for rank in plan for row in rank]
+        padding = sum(-row % tp for row in rows)
+        offsets = tuple(torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist())
+        return _Plan(micro_batches=mine, offsets=offsets, lengths=lengths, padding_share=padding / (sum(rows) + padding))
+
+    def _run(self, plan: _Plan, consume: Callable[[MicroBatch, torch.Tensor], tuple[Any, ...]], forward_only: bool) -> list[tuple[Any, ...]]:
+        rows = [(micro, PackedSequences.of(micro.lengths, self.layout.device)) for micro in plan.micro_batches]
+        return self._run_rows(rows, consume, forward_only)
+
+    def _run_rows(self, rows: list[tuple[MicroBatch, PackedSequences]], consume: Callable[[MicroBatch, torch.Tensor], tuple[Any, ...]],
+                  forward_only: bool) -> list[tuple[Any, ...]]:
+        """Results of `consume(micro, hidden)` for each row, on the last stage (empty elsewhere). With gradient, its first item is the loss."""
+
+        def forward(iterator: Iterator[tuple[MicroBatch, PackedSequences]], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            micro, packed = next(iterator)
+            hidden = model(micro.input_ids[None].to(self.layout.device), None, None, packed_seq_params=packed)
+            return hidden, partial(after, micro)
+
+        def after(micro: MicroBatch, hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
+            result = consume(micro, hidden)
+            # Without gradient the schedule stores what it gets; with gradient it wants (loss, tokens, anything) and scales by no token count here.
+            return result if non_loss_data else (result[0], torch.ones((), dtype=torch.int), result[1:])
+
+        return self._schedule(
+            forward_step_func=forward, data_iterator=iter(rows), model=self.ddp, num_microbatches=len(rows), seq_length=1, micro_batch_size=1,
+            forward_only=forward_only, collect_non_loss_data=forward_only)
+
+    def _whole_row(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T/tp, 1, H] -> [T, H]. The scoring function's hidden gradient is already summed over ranks, so the gather's
+        backward only takes this rank's part."""
+        if self.model.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden[:, 0]
+
+    def _scores(self, micro: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """([R], [R]) float32 log-prob and entropy of the row's response tokens."""
+        device = self.layout.device
+        return linear_log_prob_and_entropy(
+            self._whole_row(hidden)[micro.predicting.to(device)], self.model.output_weight(), micro.targets.to(device), self.layout.tensor,
+            self.description.geometry.vocab_size, entropy_grad=False, chunk_tokens=self.config.trainer.vocab_chunk_tokens,
+            temperature=self.config.rollout.temperature)
+
+    def _policy_loss(self, plan: _Plan, batch: TrainingBatch, weights: torch.Tensor, micro: MicroBatch, hidden: torch.Tensor) -> tuple[Any, ...]:
+        """(loss with gradient, log-prob, entropy, loss, clipped tokens) of one row."""
+        settings, device = self.config.algorithm, self.layout.device
+        where = plan.tokens_of(micro)
+        log_prob, entropy = self._scores(micro, hidden)
+        lengths = torch.tensor([plan.lengths[i] for i in micro.indices])
+        advantage = token_advantage(
+            batch.sequence_advantage[list(micro.indices)].repeat_interleave(lengths).to(device), log_prob.detach(),
+            batch.teacher_log_prob[where].to(device), batch.teacher_mask[where].to(device),
+            method=settings.method, lambda_=batch.lambda_, compose=settings.compose)
+        old = None if batch.old_log_prob is None else batch.old_log_prob[where].to(device)
+        loss, clipped = clipped_surrogate(log_prob, old, advantage, weights[where].to(device), settings.clip)
+        # The schedule may rescale the loss in place: report a copy.
+        return loss, log_prob.detach(), entropy.detach(), loss.detach().clone(), clipped
+
+    # -- local results -> global vectors, the same on every rank ----------------------------------------------------------
+
+    def _assemble(self, plan: _Plan, results: list[tuple[Any, ...]]) -> TokenScores:
+        total = sum(plan.lengths)
+        scores = torch.zeros(2, total, dtype=torch.float32, device=self.layout.device)
+        if self.layout.is_last_stage:
+            for micro, result in zip(plan.micro_batches, results, strict=True):
+                scores[:, plan.tokens_of(micro).to(self.layout.device)] = torch.stack([result[0].float(), result[1].float()])
+        scores = self._share(scores).cpu()
+        return TokenScores(log_prob=scores[0], entropy=scores[1], lengths=plan.lengths)
+
+    def _sum_over_batch(self, *columns: list[Any]) -> tuple[float, ...]:
+        sums = torch.zeros(len(columns), dtype=torch.float64, device=self.layout.device)
+        for i, column in enumerate(columns):
+            for value in column:
+                sums[i] += float(value)
+        return tuple(self._share(sums).tolist())
+
+    def _share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks of the last stage, then hand to the other stages. Each element has one contributor, so it is exact."""
+        if self.layout.is_last_stage and self.layout.data_size > 1:
+            dist.all_reduce(tensor, group=self.layout.data)
+        if self.layout.pipeline_size > 1:
+            dist.broadcast(tensor, src=self.layout.last_stage_global_rank(), group=self.layout.pipeline)
+        return tensor
+
+
+def _sum_gradients(chunks: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's reductions without its division by a token count: the loss is divided by the global count already."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

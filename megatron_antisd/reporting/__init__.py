@@ -1,0 +1,13 @@
+"""Pictures, tables and texts from run directories. Reads files only; no GPU, no model, no torch.
+
+    python -m megatron_antisd.reporting plot RUN [RUN ...] [--output FILE]
+    python -m megatron_antisd.reporting report RUN [--output DIR]
+    python -m megatron_antisd.reporting compare RUN [RUN ...] [--output DIR]
+"""
+
+from megatron_antisd.reporting.compare import Comparison, compare_runs
+from megatron_antisd.reporting.plots import plot_runs
+from megatron_antisd.reporting.report import report_text, write_report
+from megatron_antisd.reporting.runs import RunData, load_run
+
+__all__ = ["Comparison", "RunData", "compare_runs", "load_run", "plot_runs", "report_text", "write_report"]

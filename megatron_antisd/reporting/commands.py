@@ -1,0 +1,63 @@
+"""The commands over run directories; `tools/*.py` and `python -m megatron_antisd.reporting` call them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_antisd.config import ConfigError
+from megatron_antisd.metrics import MetricsError
+from megatron_antisd.reporting.compare import BASELINE, THRESHOLDS, compare_runs
+from megatron_antisd.reporting.plots import plot_runs
+from megatron_antisd.reporting.report import write_report
+from megatron_antisd.reporting.runs import load_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`plot`, `report` or `compare`; returns the exit status. Bad input ends with one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_antisd.reporting", description="Pictures, tables and texts of runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plot = commands.add_parser("plot", help="curves of one or several runs in one picture")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    plot.add_argument("--output", type=Path, help="PNG file (default: curves.png in the first run's directory)")
+    report = commands.add_parser("report", help="report.png and report.md of one run")
+    report.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    report.add_argument("--output", type=Path, help="directory (default: the run's own)")
+    compare = commands.add_parser("compare", help="methods over seeds and base models, as tables")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    compare.add_argument("--output", type=Path, help="directory for comparison.md, .json, .csv and .png (default: print only)")
+    compare.add_argument("--benchmark", help="compare on this one (default: the mean over all)")
+    compare.add_argument("--baseline", default=BASELINE, help="the method that differences and speed-up refer to (default: %(default)s)")
+    compare.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS), help="accuracies from 0 to 1")
+    options = parser.parse_args(arguments)
+    try:
+        {"plot": _plot, "report": _report, "compare": _compare}[options.command](options)
+    except (FileNotFoundError, ConfigError, MetricsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def plot_main(arguments: Sequence[str] | None = None) -> int:
+    """`RUN [RUN ...] [--output FILE]`."""
+    return main(["plot", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _plot(options: argparse.Namespace) -> None:
+    output = options.output or options.runs[0] / "curves.png"
+    print(plot_runs([load_run(run) for run in options.runs], output))
+
+
+def _report(options: argparse.Namespace) -> None:
+    for path in write_report(options.run, options.output or options.run):
+        print(path)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    comparison = compare_runs(options.runs, benchmark=options.benchmark, thresholds=options.thresholds, baseline=options.baseline)
+    print(comparison.markdown())
+    if options.output is not None:
+        comparison.write(options.output)
+        plot_runs([load_run(run) for run in options.runs], options.output / "comparison.png")

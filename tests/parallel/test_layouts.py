@@ -1,0 +1,160 @@
+"""Every layout against one rank, and one rank against transformers: scores, losses, gradients, updated weights, from one checkpoint.
+
+fp32 on gloo. Tolerances are about ten times what was measured: rounding differs with the order of sums.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from safetensors.torch import load_file
+from tiny import make_checkpoint, make_views
+
+SCRIPT = Path(__file__).with_name("layout_ranks.py")
+SCORE, LOSS, WEIGHT, GRADIENT = 2e-5, 2e-5, 5e-5, 1e-4
+STEPS = 3
+
+LAYOUTS = {
+    "dp2": (2, [], "moe"),
+    "dp2-plain-optimizer": (2, ["parallel.distributed_optimizer=false"], "moe"),
+    "tp2": (2, ["parallel.tensor_parallel_size=2", "parallel.distributed_optimizer=false"], "moe"),
+    "tp2-etp2": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_tensor_parallel_size=2"], "moe"),
+    "ep2": (2, ["parallel.expert_parallel_size=2"], "moe"),
+    "tp2-ep2": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2"], "moe"),
+    "pp2": (2, ["parallel.pipeline_parallel_size=2", "parallel.distributed_optimizer=false"], "moe"),
+    "pp2-recompute": (2, ["parallel.pipeline_parallel_size=2", "model.recompute=full"], "moe"),
+    "tp2-pp2": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], "moe"),
+    "pp2-ep2": (4, ["parallel.pipeline_parallel_size=2", "parallel.expert_parallel_size=2"], "moe"),
+    "tp2-ep2-etp2": (4, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2", "parallel.expert_tensor_parallel_size=2"], "moe"),
+    "tp4-dense": (2, ["parallel.tensor_parallel_size=2"], "dense"),
+    "pp2-dense-tied": (2, ["parallel.pipeline_parallel_size=2"], "dense"),
+}
+SLOW = {"dp2-plain-optimizer", "tp2-etp2", "pp2-recompute", "tp2-ep2-etp2", "tp4-dense"}
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict]]:
+    """kind -> (checkpoint, what one rank got)."""
+    root = tmp_path_factory.mktemp("layouts")
+    found = {}
+    for kind in ("moe", "dense"):
+        checkpoint = make_checkpoint(root / kind, moe=kind == "moe", tied=kind == "dense")
+        output = root / f"{kind}.pt"
+        run_ranks(SCRIPT, 1, str(checkpoint), str(output), str(STEPS), "parallel.distributed_optimizer=false")
+        found[kind] = (checkpoint, torch.load(output))
+    return found
+
+
+def huggingface(checkpoint: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def huggingface_scores(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probs, entropies = [], []
+    for view in make_views():
+        logits = model(torch.tensor([[*view.prompt_ids, *view.response_ids]])).logits[0, len(view.prompt_ids) - 1 : -1].double()
+        table = logits.log_softmax(-1)
+        log_probs.append(table.gather(1, torch.tensor(view.response_ids)[:, None])[:, 0])
+        entropies.append(-(table.exp() * table).sum(-1))
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_one_rank_scores_as_transformers(references: dict, kind: str) -> None:
+    checkpoint, result = references[kind]
+    with torch.no_grad():
+        log_prob, entropy = huggingface_scores(huggingface(checkpoint))
+    assert (result["score"][0] - log_prob).abs().max() < SCORE
+    assert (result["score"][1] - entropy).abs().max() < SCORE
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_one_rank_gradients_as_transformers(references: dict, kind: str) -> None:
+    """The whole AntiSD loss through transformers and autograd, written out by hand."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from layout_ranks import make_batch
+
+    checkpoint, result = references[kind]
+    model = huggingface(checkpoint)
+    views = make_views()
+    batch = make_batch(views, 0)
+    log_prob, _ = huggingface_scores(model)
+    u = batch.teacher_log_prob - log_prob.detach()
+    phi = 0.5 * (torch.log1p(u.exp()) - torch.log(torch.tensor(2.0)))
+    lengths = torch.tensor(batch.lengths)
+    advantage = batch.sequence_advantage.repeat_interleave(lengths) - torch.where(batch.teacher_mask, 0.5 * phi, torch.zeros(()))
+    kept = batch.sequence_mask.repeat_interleave(lengths)
+    loss = -(advantage * log_prob)[kept].sum() / kept.sum()
+    loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    compared = 0
+    for name, gradient in result["gradients"].items():
+        reference = expected_gradient(expected, name)
+        error = (gradient - reference).norm() / reference.norm().clamp(min=1e-8)
+        assert error < GRADIENT, f"{name}: relative error {error:.1e}"
+        compared += 1
+    assert compared == len(result["loaded"])
+
+
+def expected_gradient(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """transformers holds the experts of a layer fused in memory: [E, 2F, H] and [E, H, F]."""
+    if ".experts." not in name:
+        return gradients[name]
+    prefix, _, rest = name.partition(".experts.")
+    expert, projection, _ = rest.split(".")
+    if projection == "down_proj":
+        return gradients[f"{prefix}.experts.down_proj"][int(expert)]
+    gate, up = gradients[f"{prefix}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if projection == "gate_proj" else up
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS])
+def test_layout_equals_one_rank(references: dict, tmp_path: Path, name: str) -> None:
+    ranks, overrides, kind = LAYOUTS[name]
+    checkpoint, reference = references[kind]
+    output = tmp_path / "result.pt"
+    run_ranks(SCRIPT, ranks, str(checkpoint), str(output), str(STEPS), *overrides)
+    result = torch.load(output)
+    on_disk = load_file(checkpoint / "model.safetensors")
+    assert result["loaded"].keys() == on_disk.keys() - ({"lm_head.weight"} if kind == "dense" else set())
+    for key, tensor in result["loaded"].items():
+        assert torch.equal(tensor, on_disk[key]), f"{key} is not what the checkpoint holds"
+    for mine, theirs in zip(result["score"], reference["score"], strict=True):
+        assert (mine - theirs).abs().max() < SCORE
+    for mine, theirs in zip(result["steps"], reference["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=LOSS)
+    for key, gradient in result.get("gradients", {}).items():
+        theirs = reference["gradients"][key]
+        assert (gradient - theirs).norm() <= GRADIENT * theirs.norm().clamp(min=1e-6), key
+    for key, tensor in result["weights"].items():
+        assert (tensor - reference["weights"][key]).abs().max() < WEIGHT, key
+    assert result["padding"] < 0.02
+
+
+def test_loss_is_independent_of_micro_batches(references: dict, tmp_path: Path) -> None:
+    """One large micro-batch gives the step that many small ones gave."""
+    checkpoint, reference = references["moe"]
+    output = tmp_path / "result.pt"
+    run_ranks(SCRIPT, 1, str(checkpoint), str(output), "2", "trainer.micro_batch_tokens=4096", "parallel.distributed_optimizer=false")
+    result = torch.load(output)
+    for mine, theirs in zip(result["steps"], reference["steps"][:2], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=LOSS)
+    for key, gradient in result["gradients"].items():
+        theirs = reference["gradients"][key]
+        assert (gradient - theirs).norm() <= GRADIENT * theirs.norm().clamp(min=1e-6), key
+
+
+def test_reference_moves(references: dict) -> None:
+    """The comparisons above mean something only if the steps change the weights by more than the tolerance."""
+    for checkpoint, reference in references.values():
+        assert json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"] == 4
+        moved = [(t - reference["loaded"][n]).abs().max() for n, t in reference["weights"].items()]
+        assert min(moved) > 10 * WEIGHT

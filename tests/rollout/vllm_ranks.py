@@ -1,0 +1,221 @@
+"""Two ranks, one import of vLLM, several engines one after another; findings go to stdout as one JSON line a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_models import CONTEXT, VOCAB, log_probs, make_model, save
+
+from megatron_antisd.config import RolloutConfig
+from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling
+from megatron_antisd.rollout.vllm_engine import VllmEngine
+
+STOP = 2
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, stop_token_ids=(STOP,))
+FIXED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, ignore_eos=True)
+LONG_PROMPT = 300  # two full KV blocks of 128 tokens and a rest
+
+
+def make_requests(count: int, *, length: int, seed: int = 0) -> list[Request]:
+    """`count` requests in groups of 2 that share a prompt."""
+    generator = torch.Generator().manual_seed(length)
+    prompts = torch.randint(3, VOCAB, ((count + 1) // 2, length), generator=generator).tolist()
+    return [Request(prompt_ids=tuple(prompts[i // 2]), seed=seed + i) for i in range(count)]
+
+
+def mean_difference(model: Any, requests: Sequence[Request], generations: Sequence[Generation], temperature: float = 1.0) -> float:
+    """Mean |engine - transformers| log-prob over all response tokens, nats."""
+    differences = [
+        (log_probs(model, request.prompt_ids, generation.response_ids, temperature) - torch.tensor(generation.log_probs)).abs()
+        for request, generation in zip(requests, generations, strict=True)
+    ]
+    return float(torch.cat(differences).mean())
+
+
+def error_of(call: Any) -> str:
+    try:
+        call()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def start(path: Path, tensor_parallel: int) -> VllmEngine:
+    rollout = RolloutConfig(tensor_parallel_size=tensor_parallel, max_context=CONTEXT, max_sequences=16, kv_cache_bytes=64 << 20)
+    return VllmEngine(path, rollout=rollout, dtype="float32", timeout_seconds=60)
+
+
+def process_state() -> tuple[Any, ...]:
+    return (torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+            os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("LD_PRELOAD"), torch.random.get_rng_state().tolist())
+
+
+def sampling_facts(engine: VllmEngine, model: Any) -> dict[str, Any]:
+    requests = make_requests(7, length=9)
+    first, again = engine.generate(requests, SAMPLING), engine.generate(requests, SAMPLING)
+    other = engine.generate([Request(prompt_ids=r.prompt_ids, seed=r.seed + 1000) for r in requests], SAMPLING)
+    order = engine.generate(requests[::-1], SAMPLING)[::-1]
+    fixed = engine.generate(make_requests(24, length=5), FIXED)
+    stopping = engine.generate(make_requests(24, length=5), SAMPLING)
+    # Every id of this model is drawn sooner or later: a second stop id ends responses at its first appearance.
+    cool = Sampling(temperature=0.5, top_p=1.0, max_new_tokens=12, ignore_eos=True)
+    nucleus = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=12, ignore_eos=True)
+    return {
+        "same_seed_same_tokens": first == again,
+        "other_seed_other_tokens": sum(a.response_ids != b.response_ids for a, b in zip(first, other, strict=True)),
+        "order_kept": all(a.response_ids == b.response_ids for a, b in zip(first, order, strict=True)),
+        "group_differs": first[0].response_ids != first[1].response_ids,
+        "fixed_lengths": sorted({len(g.response_ids) for g in fixed}),
+        "fixed_truncated": all(g.truncated for g in fixed),
+        "fixed_holds_stop": any(STOP in g.response_ids for g in fixed),
+        "cut_at_stop": all(_until_stop(f, s) for f, s in zip(fixed, stopping, strict=True)),
+        "stopped": sum(not g.truncated for g in stopping),
+        "few": len(engine.generate(requests[:1], SAMPLING)),
+        "none": len(engine.generate([], SAMPLING)),
+        "cool": mean_difference(model, requests, engine.generate(requests, cool), temperature=0.5),
+        "nucleus_max": max(max(g.log_probs) for g in engine.generate(requests, nucleus)),
+        "nucleus_gain": _nucleus_gain(model, requests, engine.generate(requests, nucleus)),
+        "too_long": error_of(lambda: engine.generate([*requests, Request(prompt_ids=(5,) * 501, seed=0)], SAMPLING)),
+        "foreign_id": error_of(lambda: engine.generate([Request(prompt_ids=(5, VOCAB), seed=0)], SAMPLING)),
+        "usable_after_refusal": engine.generate(requests, SAMPLING) == first,
+    }
+
+
+def _until_stop(fixed: Generation, stopped: Generation) -> bool:
+    """With the same seed, the response that may stop is the fixed one cut after its first stop token."""
+    ids = fixed.response_ids
+    end = ids.index(STOP) + 1 if STOP in ids else len(ids)
+    return stopped.response_ids == ids[:end] and stopped.truncated == (STOP not in ids)
+
+
+def _nucleus_gain(model: Any, requests: Sequence[Request], generations: Sequence[Generation]) -> float:
+    """How much higher a log-prob is inside the nucleus of half the mass than over all ids; at least 0, at most log 2 + rounding."""
+    full = torch.cat([log_probs(model, r.prompt_ids, g.response_ids) for r, g in zip(requests, generations, strict=True)])
+    inside = torch.tensor([value for g in generations for value in g.log_probs])
+    return float((inside - full).mean())
+
+
+def update_facts(engine: VllmEngine, old: Any, new: Any, old_tensors: dict[str, Any], new_tensors: dict[str, Any]) -> dict[str, Any]:
+    """Weight updates under a shared prompt of more than one KV block, and the failures that would be silent."""
+    requests = make_requests(4, length=LONG_PROMPT)
+    facts: dict[str, Any] = {"before": mean_difference(old, requests, engine.generate(requests, FIXED))}
+    begin = time.perf_counter()
+    engine.load_weights(iter(new_tensors.items()), version=1)
+    facts["load_seconds"] = time.perf_counter() - begin
+    generations = engine.generate(requests, FIXED)
+    facts["after_vs_new"] = mean_difference(new, requests, generations)
+    facts["after_vs_old"] = mean_difference(old, requests, generations)
+    facts["version"] = engine.policy_version
+    # Without the reset: the prompt's blocks stay those of the weights before.
+    reset, engine._llm.reset_prefix_cache = engine._llm.reset_prefix_cache, lambda: True
+    engine.load_weights(iter(old_tensors.items()), version=2)
+    facts["stale_cache"] = mean_difference(old, requests, engine.generate(requests, FIXED))
+    engine._llm.reset_prefix_cache = reset
+    engine.load_weights(iter(new_tensors.items()), version=3)
+    facts["after_again"] = mean_difference(new, requests, engine.generate(requests, FIXED))
+    return facts
+
+
+def without_expert_repair(engine: VllmEngine, old: Any, new: Any, old_tensors: dict[str, Any], new_tensors: dict[str, Any]) -> dict[str, Any]:
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
+
+    requests = make_requests(4, length=20)
+    repaired = Method._setup_kernel
+    Method._setup_kernel = repaired.__wrapped__
+    engine.load_weights(iter(old_tensors.items()), version=4)
+    facts = {"unpacked_experts": mean_difference(old, requests, engine.generate(requests, FIXED))}
+    Method._setup_kernel = repaired
+    engine.load_weights(iter(new_tensors.items()), version=5)
+    facts["repaired"] = mean_difference(new, requests, engine.generate(requests, FIXED))
+    return facts
+
+
+def failing_rank(path: Path) -> dict[str, Any]:
+    """Rank 1's vLLM raises in the middle of a run: every rank hears of it, at once, and so at every later call."""
+    engine = start(path, 1)
+    if dist.get_rank() == 1:
+        step, count = engine._llm.llm_engine.step, iter(range(100))
+
+        def failing_step() -> Any:
+            if next(count) == 3:
+                raise RuntimeError("out of something")
+            return step()
+
+        engine._llm.llm_engine.step = failing_step
+    begin = time.perf_counter()
+    first = error_of(lambda: engine.generate(make_requests(6, length=9), FIXED))
+    facts = {"error": first, "seconds": time.perf_counter() - begin,
+             "later": error_of(lambda: engine.generate(make_requests(6, length=9), FIXED))}
+    engine.close()
+    return facts
+
+
+def bad_streams(path: Path, tensors: dict[str, Any]) -> dict[str, str]:
+    """A stream that does not fit, each on an engine of its own (a failed engine stays failed); the stream is read to its end."""
+    read: list[str] = []
+
+    def stream(items: dict[str, Any]) -> Any:
+        for name, tensor in items.items():
+            yield name, tensor
+            read.append(name)
+
+    norm = "model.norm.weight"
+    engine = start(path, 1)
+    first, *rest = tensors
+    facts = {"unknown": error_of(lambda: engine.load_weights(stream({"model.surprise": torch.ones(1), **tensors}), 1)),
+             "read": str(len(read) - len(tensors) - 1), "version": str(engine.policy_version)}
+    engine._failure = ""
+    facts["missing"] = error_of(lambda: engine.load_weights(iter({k: v for k, v in tensors.items() if k != norm}.items()), 1))
+    engine._failure = ""
+    facts["shape"] = error_of(lambda: engine.load_weights(stream({**tensors, norm: torch.ones(7)}), 1))
+    engine._failure = ""
+    facts["disagreement"] = error_of(lambda: engine.generate(make_requests(2, length=4, seed=dist.get_rank()), FIXED))
+    engine.close()
+    return facts
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    models = {(family, seed): make_model(family, seed) for family in ("dense", "moe") for seed in (0, 1)}
+    paths = {key: folder / f"{key[0]}{key[1]}" for key in models}
+    if rank == 0:
+        for key, model in models.items():
+            save(model, paths[key])
+    dist.barrier()
+    from safetensors.torch import load_file
+
+    tensors = {key: load_file(path / "model.safetensors") for key, path in paths.items()}
+    before = process_state()
+    facts: dict[str, Any] = {}
+    for family, tensor_parallel in (("dense", 1), ("dense", 2), ("moe", 1), ("moe", 2)):
+        engine = start(paths[family, 0], tensor_parallel)
+        arguments = (engine, models[family, 0], models[family, 1], tensors[family, 0], tensors[family, 1])
+        found = facts[f"{family}_tp{tensor_parallel}"] = {}
+        if family == "dense" or tensor_parallel == 2:
+            found["sampling"] = sampling_facts(engine, models[family, 0])
+        found["update"] = update_facts(*arguments)
+        if family == "moe":
+            found["experts"] = without_expert_repair(*arguments)
+        engine.close()
+    facts["failing"] = failing_rank(paths["dense", 0])
+    facts["streams"] = bad_streams(paths["dense", 0], tensors["dense", 0])
+    facts["state_kept"] = process_state() == before
+    one = torch.ones(1)
+    dist.all_reduce(one)  # the trainer's group outlives every engine
+    facts["group_alive"] = one.item()
+    print("FACTS " + json.dumps(facts), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

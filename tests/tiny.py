@@ -1,0 +1,41 @@
+"""Tiny random Hugging Face checkpoints, made by transformers itself, and views to score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_antisd.records import ScoringView
+
+VOCAB = 61
+
+
+def make_checkpoint(directory: Path, *, moe: bool, seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A Qwen3 or Qwen3-MoE of 4 layers with weights large enough that every part matters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    common: dict[str, Any] = dict(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=96, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=0.15,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    sparse: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**common, **sparse, **changes})) if moe else Qwen3ForCausalLM(Qwen3Config(**{**common, **changes}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def make_views(count: int = 8, seed: int = 0, vocab: int = VOCAB) -> tuple[ScoringView, ...]:
+    """Views of uneven prompt and response lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return tuple(torch.randint(0, vocab, (length,), generator=generator).tolist())
+
+    return tuple(ScoringView(prompt_ids=ids(1, 20), response_ids=ids(1, 30)) for _ in range(count))
