@@ -42,6 +42,7 @@ def test_a_failing_rank_shows_its_error(tmp_path: Path) -> None:
         run_ranks(script(tmp_path, text), 2)
 
 
+@pytest.mark.slow  # waits for a time-out long enough for a busy machine to start a rank
 def test_hanging_ranks_are_killed_at_the_time_out(tmp_path: Path) -> None:
     # A rank that ignores the polite signal, as one stuck in a collective does.
     text = (
@@ -52,7 +53,7 @@ def test_hanging_ranks_are_killed_at_the_time_out(tmp_path: Path) -> None:
         "time.sleep(600)\n"
     )
     before = time.monotonic()
-    with pytest.raises(AssertionError, match="(?s)not done after 15 s.*started"):
-        run_ranks(script(tmp_path, text), 1, timeout=15)
-    assert time.monotonic() - before < 40
+    with pytest.raises(AssertionError, match="(?s)not done after 20 s.*started"):
+        run_ranks(script(tmp_path, text), 1, timeout=20)
+    assert time.monotonic() - before < 60
     assert not psutil.pid_exists(int((tmp_path / "pid0").read_text()))

@@ -19,7 +19,8 @@ def make_checkpoint(directory: Path, *, moe: bool, seed: int = 0, tied: bool = F
     common: dict[str, Any] = dict(
         vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         intermediate_size=96, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=0.15,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        # No padding id: transformers would zero its embedding and leave it out of the gradient.
+        bos_token_id=1, eos_token_id=2, pad_token_id=None)
     sparse: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**common, **sparse, **changes})) if moe else Qwen3ForCausalLM(Qwen3Config(**{**common, **changes}))

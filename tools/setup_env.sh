@@ -9,6 +9,7 @@
 #
 # Environment variables, all optional:
 #   ANTISD_VENV      where to build instead of .venv
+#   ANTISD_KIND      cpu or gpu, instead of asking nvidia-smi: for building an image
 #   ANTISD_PYTHON    the interpreter to build from (3.11 or newer; 3.11 is what the project is tested on)
 #   ANTISD_PIP_ARGS  more arguments for `pip install`. The CPU build needs torch 2.13.0+cpu: where the configured package
 #                    index has CUDA builds only, PyTorch's index of CPU wheels is tried next. To name one yourself:
@@ -115,7 +116,8 @@ if kind == "gpu" and cuda is None:
 PYTHON
 }
 
-if has_gpu; then KIND=gpu; else KIND=cpu; fi
+KIND="${ANTISD_KIND:-$(if has_gpu; then echo gpu; else echo cpu; fi)}"
+case "$KIND" in cpu | gpu) ;; *) fail "ANTISD_KIND=$KIND: expected cpu or gpu" ;; esac
 # The root is part of it: an environment that was moved, or made for another checkout, must be made anew.
 WANTED="$KIND $ROOT $VENV $(cat "$ROOT/setup.py" "${BASH_SOURCE[0]}" | cksum) ${ANTISD_PIP_ARGS:-}"
 

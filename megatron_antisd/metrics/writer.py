@@ -165,7 +165,7 @@ def _checked_row(step: int, row: Mapping[str, Any], required: Sequence[str], fil
     if missing:
         raise MetricsError(f"step {step}: a row of {file} lacks {missing}; it has {sorted(row)}")
     for key, value in row.items():
-        if isinstance(value, float):
+        if isinstance(value, float) or key == "step":
             _check_value(step, key, value)
     return {"step": step, **row}
 
@@ -174,7 +174,7 @@ def _open_tensorboard(directory: Path, resume_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("logging.tensorboard=true needs the package tensorboard: install it or set logging.tensorboard=false") from error
+        raise ConfigError("logging.tensorboard=true needs the package tensorboard: install it or set logging.tensorboard=false ({error})") from error
     return SummaryWriter(log_dir=str(directory), purge_step=resume_step)
 
 
@@ -183,7 +183,7 @@ def _open_wandb(directory: Path, project: str, run_name: str) -> Any:
     try:
         import wandb
     except ImportError as error:
-        message = f"logging.wandb_project={project} needs the package wandb: install it or set logging.wandb_project=null"
+        message = f"logging.wandb_project={project} needs the package wandb: install it or set logging.wandb_project=null ({error})"
         raise ConfigError(message) from error
     id_file = directory / WANDB_ID
     run_id = id_file.read_text().strip() if id_file.is_file() else None

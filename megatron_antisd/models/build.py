@@ -100,7 +100,6 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
     on_gpu = torch.cuda.is_available()
     pipelined = parallel.pipeline_parallel_size > 1
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if model.recompute == "full" else {}
-    sparse = {"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": False} if description.experts else {}
     return TransformerConfig(
         num_layers=description.layers,
         hidden_size=hf["hidden_size"],
@@ -128,6 +127,9 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
         # Packed rows differ in length; stages announce shapes to each other.
         variable_seq_lengths=pipelined,
         batch_p2p_comm=True,
+        # The only dispatcher that takes rows of varying length (Megatron asks for it even where there are no experts).
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
         # The loss arrives divided by a global token count: Megatron must neither average over micro-batches nor over ranks.
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
@@ -138,7 +140,6 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **FAMILIES[hf["model_type"]].fields(hf),
-        **sparse,
         **recompute,
     )
 

@@ -9,5 +9,6 @@ from megatron_antisd.reporting.compare import Comparison, compare_runs
 from megatron_antisd.reporting.plots import plot_runs
 from megatron_antisd.reporting.report import report_text, write_report
 from megatron_antisd.reporting.runs import RunData, load_run
+from megatron_antisd.reporting.tables import comparison_markdown, write_comparison
 
-__all__ = ["Comparison", "RunData", "compare_runs", "load_run", "plot_runs", "report_text", "write_report"]
+__all__ = ["Comparison", "RunData", "compare_runs", "comparison_markdown", "load_run", "plot_runs", "report_text", "write_comparison", "write_report"]

@@ -13,6 +13,7 @@ from megatron_antisd.reporting.compare import BASELINE, THRESHOLDS, compare_runs
 from megatron_antisd.reporting.plots import plot_runs
 from megatron_antisd.reporting.report import write_report
 from megatron_antisd.reporting.runs import load_run
+from megatron_antisd.reporting.tables import comparison_markdown, write_comparison
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     comparison = compare_runs(options.runs, benchmark=options.benchmark, thresholds=options.thresholds, baseline=options.baseline)
-    print(comparison.markdown())
+    print(comparison_markdown(comparison))
     if options.output is not None:
-        comparison.write(options.output)
+        write_comparison(comparison, options.output)
         plot_runs([load_run(run) for run in options.runs], options.output / "comparison.png")

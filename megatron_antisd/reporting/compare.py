@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_antisd.reporting.compare_markdown import comparison_markdown
 from megatron_antisd.reporting.intervals import Estimate, estimate
-from megatron_antisd.reporting.runs import RunData, distinct_names, load_run
+from megatron_antisd.reporting.runs import RunData, distinct_names, load_run, method_labels
 
 ALL_BASES = "all bases"
 BASELINE = "grpo"
@@ -24,7 +19,7 @@ class MethodResult:
     """One method on one base model, or on all of them."""
 
     scope: str
-    """The base model's name, or ALL_BASES."""
+    """The base model's name, or ALL_BASES (only methods that were run on each)."""
     method: str
     runs: int
     accuracy: dict[int, Estimate]
@@ -55,34 +50,13 @@ class RunSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare_runs` found."""
+    """What `compare_runs` found; `tables.comparison_markdown` and `tables.write_comparison` put it into files."""
 
     benchmark: str
     baseline: str
     thresholds: tuple[float, ...]
     results: tuple[MethodResult, ...]
     runs: tuple[RunSummary, ...]
-
-    def markdown(self) -> str:
-        return comparison_markdown(self)
-
-    def write(self, directory: Path) -> list[Path]:
-        """Write comparison.md, comparison.json (everything) and comparison.csv (one row per scope, method and step)."""
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / f"comparison.{end}" for end in ("md", "json", "csv")]
-        paths[0].write_text(self.markdown())
-        paths[1].write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
-        with paths[2].open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=("scope", "method", "quantity", "step", "mean", "low", "high", "runs", "kind"))
-            writer.writeheader()
-            writer.writerows(self._csv_rows())
-        return paths
-
-    def _csv_rows(self) -> Iterable[dict[str, Any]]:
-        for result in self.results:
-            for quantity, table in (("accuracy", result.accuracy), (f"minus {self.baseline}", result.difference)):
-                for step, value in table.items():
-                    yield {"scope": result.scope, "method": result.method, "quantity": quantity, "step": step, **dataclasses.asdict(value)}
 
 
 def compare_runs(
@@ -96,18 +70,27 @@ def compare_runs(
     runs = [load_run(directory) for directory in directories]
     if not runs:
         raise ValueError("there are no runs to compare; give at least one run directory")
-    _check_distinct(runs)
+    labels = method_labels(runs)
+    baseline = _matching_label(baseline, labels)
+    _check_distinct(runs, labels)
     _check_benchmarks(runs, benchmark)
     paths = [run.config.model.path for run in runs]
     names = dict(zip(dict.fromkeys(paths), distinct_names(list(dict.fromkeys(paths))), strict=True))
-    summaries = [_summary(run, names[run.config.model.path], benchmark) for run in runs]
-    scopes = list(names.values()) + ([ALL_BASES] if len(names) > 1 else [])
+    summaries = [_summary(run, label, names[run.config.model.path], benchmark) for run, label in zip(runs, labels, strict=True)]
     results = []
-    for scope in scopes:
-        members = [s for s in summaries if scope in (s.base, ALL_BASES)]
-        results += _scope_results(scope, members, baseline, tuple(thresholds))
+    for base in names.values():
+        results += _scope_results(base, [run for run in summaries if run.base == base], baseline, tuple(thresholds))
+    if len(names) > 1:
+        results += _scope_results(ALL_BASES, _on_every_base(summaries), baseline, tuple(thresholds))
     shown = benchmark or ", ".join(sorted(key.removeprefix("eval/") for key in runs[0].benchmarks))
     return Comparison(benchmark=shown, baseline=baseline, thresholds=tuple(thresholds), results=tuple(results), runs=tuple(summaries))
+
+
+def _on_every_base(summaries: Sequence[RunSummary]) -> list[RunSummary]:
+    """The runs of methods that were run on all base models: means over different bases would compare the bases."""
+    bases = {run.base for run in summaries}
+    complete = {run.method for run in summaries if {other.base for other in summaries if other.method == run.method} == bases}
+    return [run for run in summaries if run.method in complete]
 
 
 def _scope_results(scope: str, members: Sequence[RunSummary], baseline: str, thresholds: tuple[float, ...]) -> list[MethodResult]:
@@ -168,22 +151,29 @@ def _speedup(curve: dict[int, Estimate], baseline: dict[int, Estimate] | None) -
     return best / first if first else None
 
 
-def _summary(run: RunData, base: str, benchmark: str | None) -> RunSummary:
+def _summary(run: RunData, label: str, base: str, benchmark: str | None) -> RunSummary:
     accuracy = run.accuracy(benchmark)
     if not accuracy:
         raise ValueError(f"{run.directory} has no evaluations to compare; set evaluation.benchmarks in its configuration")
     return RunSummary(
-        directory=str(run.directory), base=base, method=run.method, seed=run.config.run.seed, last_step=run.rows[-1]["step"],
+        directory=str(run.directory), base=base, method=label, seed=run.config.run.seed, last_step=run.rows[-1]["step"],
         planned_steps=run.config.run.steps, accuracy=accuracy,
     )  # fmt: skip
 
 
-def _check_distinct(runs: Sequence[RunData]) -> None:
+def _matching_label(baseline: str, labels: Sequence[str]) -> str:
+    """The label itself, or the only one of that method (`grpo` finds `grpo (std=biased)`). One that no run has is kept: without the
+    baseline there are no differences and no speed-up."""
+    variants = {label for label in labels if label.split(" (")[0] == baseline}
+    return variants.pop() if baseline not in labels and len(variants) == 1 else baseline
+
+
+def _check_distinct(runs: Sequence[RunData], labels: Sequence[str]) -> None:
     seen: dict[tuple[str, str, int], RunData] = {}
-    for run in runs:
-        key = (run.config.model.path, run.method, run.config.run.seed)
+    for run, label in zip(runs, labels, strict=True):
+        key = (run.config.model.path, label, run.config.run.seed)
         if key in seen:
-            raise ValueError(f"{seen[key].directory} and {run.directory} are both {run.method} from {key[0]} with seed {key[2]}; "
+            raise ValueError(f"{seen[key].directory} and {run.directory} are both {label} from {key[0]} with seed {key[2]}; "
                              "counting one twice would narrow the intervals: leave one out")  # fmt: skip
         seen[key] = run
 

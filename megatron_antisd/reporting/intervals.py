@@ -45,7 +45,7 @@ def estimate(values_by_base: Mapping[str, Sequence[float]]) -> Estimate:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution, for a probability above 1/2, from the regularised incomplete beta function (mpmath comes with torch)."""
+    """The quantile of Student's t for a probability above 1/2, from the regularised incomplete beta function (mpmath: torch brings it)."""
     if not 0.5 < probability < 1 or degrees < 1:
         raise ValueError(f"expected 0.5 < probability < 1 and degrees >= 1, got {probability} and {degrees}")
 

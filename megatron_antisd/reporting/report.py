@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_antisd.metrics import STAGES
-from megatron_antisd.reporting.compare_markdown import markdown_table
 from megatron_antisd.reporting.plots import plot_runs
 from megatron_antisd.reporting.runs import RunData, gate_intervals, load_run
+from megatron_antisd.reporting.tables import markdown_table
 
 MAX_INTERVALS = 12
 MAX_SAMPLE_CHARACTERS = 3000
@@ -98,7 +98,8 @@ def _gate(run: RunData) -> str:
     entropy = [(row["teacher_entropy_median"], row["step"]) for row in run.training if row["teacher_entropy_median"] is not None]
     if entropy:
         (low, low_step), (high, high_step) = min(entropy), max(entropy)
-        lines.append(f"Median teacher entropy: lowest {low:.4f} at step {low_step}, highest {high:.4f} at step {high_step}, last {entropy[-1][0]:.4f}.")
+        lines.append(f"Median teacher entropy: lowest {low:.4f} at step {low_step}, highest {high:.4f} at step {high_step}, ")
+        lines[-1] += f"last {entropy[-1][0]:.4f}."
     return " ".join(lines)
 
 

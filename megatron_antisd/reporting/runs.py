@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,27 +89,47 @@ def is_average(key: str) -> bool:
     return key.startswith("eval/") and key.rsplit("/", 1)[-1].startswith("avg@")
 
 
-def method_label(config: RunConfig) -> str:
-    """The method and, in brackets, what of the algorithm and the gate differs from its default: `antisd (gate.mode=always)`."""
-    parts = [
-        f"{prefix}{name}={getattr(section, name)}"
-        for prefix, section, default in (("", config.algorithm, AlgorithmConfig()), ("gate.", config.gate, GateConfig()))
-        for name in type(section).model_fields
-        if name != "method" and getattr(section, name) != getattr(default, name)
-    ]
-    continual = ["continual"] if config.checkpoint.continual_from else []
-    extra = ", ".join(continual + parts)
-    return config.algorithm.method + (f" ({extra})" if extra else "")
+def method_label(config: RunConfig, ignored: frozenset[str] = frozenset()) -> str:
+    """The method and, in brackets, what of the algorithm and the gate differs from its default: `antisd (gate.mode=always)`.
+
+    Settings that do nothing (a gate without a teacher) and those in `ignored` are left out."""
+    settings = {key: value for key, value in _settings(config).items() if value != _DEFAULTS[key] and key not in ignored}
+    if not config.needs_teacher and config.algorithm.method == "grpo":
+        settings = {key: value for key, value in settings.items() if key not in TEACHER_SETTINGS and not key.startswith("gate.")}
+    parts = ["continual"] * bool(config.checkpoint.continual_from) + [f"{key}={value}" for key, value in settings.items()]
+    return config.algorithm.method + (f" ({', '.join(parts)})" if parts else "")
 
 
-def group_runs(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
+def method_labels(runs: Sequence[RunData]) -> list[str]:
+    """A label for each run. Where several methods are compared, a setting that all runs share tells none apart and is left out."""
+    shared: frozenset[str] = frozenset()
+    if len({run.config.algorithm.method for run in runs}) > 1:
+        every = [_settings(run.config) for run in runs]
+        shared = frozenset(key for key in _DEFAULTS if all(settings[key] == every[0][key] for settings in every))
+    return [method_label(run.config, shared) for run in runs]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return _section_settings(config.algorithm, config.gate)
+
+
+def _section_settings(algorithm: AlgorithmConfig, gate: GateConfig) -> dict[str, Any]:
+    settings = {key: value for key, value in algorithm.model_dump().items() if key != "method"}
+    return settings | {f"gate.{key}": value for key, value in gate.model_dump().items()}
+
+
+_DEFAULTS = _section_settings(AlgorithmConfig(), GateConfig())
+TEACHER_SETTINGS = ("lambda_max", "compose")
+
+
+def group_runs(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
     """Label -> the runs that are repetitions of each other: the same method on other seeds or base models.
 
     Runs of one method with the same base and seed differ in something else, so each stands for itself under its name.
     """
     by_method: dict[str, list[RunData]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, []).append(run)
+    for label, run in zip(method_labels(runs), runs, strict=True):
+        by_method.setdefault(label, []).append(run)
     groups: dict[str, list[RunData]] = {}
     for method, members in by_method.items():
         identities = {(run.config.model.path, run.config.run.seed) for run in members}

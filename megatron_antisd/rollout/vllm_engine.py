@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import uuid
 import zlib
@@ -65,7 +66,7 @@ class VllmEngine:
         self._replicas = world // self._tensor_parallel
         self._group = None if world == 1 else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._world, self._failure, self._llm = world, "", None
-        self._expected = _checkpoint_names(Path(model_path)) if load_format == "auto" else None
+        self._expected = _checkpoint_names(Path(model_path))
         self.policy_version = policy_version
         arguments = _engine_arguments(rollout, dtype, seed, max_context or rollout.max_context, load_format, hf_overrides, world)
         self._collective("start", lambda: self._start(str(model_path), arguments))
@@ -97,11 +98,12 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """See Engine.generate. Replica i takes the i-th contiguous part, so that a group shares its prompt's cache."""
+        self._require_agreement(_digest(requests, sampling))
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._vocab_size)
         bounds = [len(requests) * i // self._replicas for i in range(self._replicas + 1)]
         mine = self._rank // self._tensor_parallel
         part = requests[bounds[mine]:bounds[mine + 1]]
-        parts = self._collective("generate", lambda: self._generate(part, sampling), key=_digest(requests, sampling))
+        parts = self._collective("generate", lambda: self._generate(part, sampling))
         for rank, generations in enumerate(parts):
             if generations != parts[rank // self._tensor_parallel * self._tensor_parallel]:
                 self._failure = "generate: the tensor-parallel ranks of one replica drew different tokens"
@@ -127,12 +129,16 @@ class VllmEngine:
         reader = _Reader(stream)
 
         def load() -> None:
+            failure: Exception | None = None
             try:
                 with vllm_cpu.engine_scope():
                     self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(reader)})
-            finally:
-                reader.drain()  # the stream is collective: leaving it early would leave the other ranks waiting in it
-            self._check_names(reader.names)
+            except Exception as exception:
+                failure = exception
+            reader.drain()  # the stream is collective: leaving it early would leave the other ranks waiting in it
+            self._check_names(reader.names)  # the plainer message where names are the reason
+            if failure is not None:
+                raise failure
             if not self._llm.reset_prefix_cache():
                 raise EngineError("vLLM did not empty its prefix cache; the next prompts would be read with the old weights")
 
@@ -173,10 +179,22 @@ class VllmEngine:
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()  # vLLM made it
 
-    def _collective(self, what: str, action: Callable[[], T], key: int = 0) -> list[T]:
+    def _require_agreement(self, digest: int) -> None:
+        """Ranks with different requests would wait for each other inside the engine; refuse before it starts."""
+        if self._group is None:
+            return
+        digests = [torch.zeros(1, dtype=torch.int64) for _ in range(self._world)]
+        dist.all_gather(digests, torch.tensor([digest]), group=self._group)
+        different = [rank for rank, other in enumerate(digests) if other.item() != digests[0].item()]
+        if different:
+            raise EngineError(f"ranks {different} passed other requests or sampling than rank 0; generate is collective and needs "
+                              "the same full list on every rank")
+
+    def _collective(self, what: str, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank and return all ranks' results; a failure anywhere is raised everywhere.
 
-        `key` must be equal on all ranks. After a failure the engine's state is unknown: every later call raises.
+        After a failure the engine's state is unknown: every later call raises. Where one rank of a tensor-parallel replica fails
+        alone, its partner waits inside vLLM: this rank then raises after `timeout_seconds` and the launcher ends the job.
         """
         if self._failure:
             raise EngineError(f"{what}: the engine cannot go on after: {self._failure}")
@@ -185,18 +203,20 @@ class VllmEngine:
             result = action()
         except Exception as exception:  # whatever it was: the other ranks wait for this one's word
             error, cause = f"{type(exception).__name__}: {exception}", exception
-            _log.exception("vLLM engine: %s failed on rank %d", what, self._rank)
-        reports = [(key, error, result)]
+            if self._tensor_parallel > 1:
+                _log.error("vLLM engine: %s failed on rank %d, telling the other ranks: %s", what, self._rank, error)
+        reports: list[Any] = [(error, result)]
         if self._group is not None:
             reports = [None] * self._world
-            dist.all_gather_object(reports, (key, error, result), group=self._group)
-        failed = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(reports) if error]
-        if not failed and len({key for key, _, _ in reports}) > 1:
-            failed = ["the ranks asked for different things; every rank must pass the same requests and sampling"]
+            dist.all_gather_object(reports, (error, result), group=self._group)
+        failed: dict[str, list[int]] = {}
+        for rank, (error, _) in enumerate(reports):
+            if error:
+                failed.setdefault(error, []).append(rank)
         if failed:
-            self._failure = f"{what} failed on {'; '.join(failed)}"
+            self._failure = f"{what} failed on " + "; ".join(f"ranks {ranks}: {error}" for error, ranks in failed.items())
             raise EngineError(self._failure) from cause
-        return [result for _, _, result in reports]
+        return [result for _, result in reports]
 
 
 class _Reader:
@@ -268,9 +288,9 @@ def _generation(output: Any) -> Generation:
     ids = tuple(output.token_ids)
     # One entry a position with logprobs=0, in the order of the tokens.
     log_probs = tuple(output.logprobs.logprobs)
-    if not ids or tuple(output.logprobs.token_ids) != ids or output.finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM returned {len(ids)} tokens, {len(log_probs)} log-probs and finish reason {output.finish_reason!r}; "
-                          "expected at least one token, a log-prob of each, and 'stop' or 'length'")
+    if not ids or tuple(output.logprobs.token_ids) != ids or not math.isfinite(sum(log_probs)) or output.finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM returned {len(ids)} tokens, {len(log_probs)} log-probs with the sum {sum(log_probs)} and finish reason "
+                          f"{output.finish_reason!r}; expected at least one token, a finite log-prob of each, and 'stop' or 'length'")
     return Generation(response_ids=ids, log_probs=log_probs, truncated=output.finish_reason == "length")
 
 

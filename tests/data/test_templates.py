@@ -103,6 +103,13 @@ def test_no_correct_rollout_and_no_reference(tokenizer: PreTrainedTokenizerFast)
         assert [(view.view, view.source) for view in views] == [(None, "no_solution")] * 4
 
 
+def test_a_correct_rollout_with_nothing_to_show_is_never_drawn(tokenizer: PreTrainedTokenizerFast) -> None:
+    sample = group(tokenizer, [("<think>only thought", 1.0, False), ("four", 1.0, False), ("five", 0.0, False)])
+    for step in range(10):
+        views = builder(tokenizer).privileged_views(sample, seed=0, step=step)
+        assert [(view.source, view.shown_index) for view in views] == [("peer", 1), ("no_solution", None), ("peer", 1)]
+
+
 def test_random_groups(tokenizer: PreTrainedTokenizerFast) -> None:
     """500 groups: never itself, never a truncated or a wrong one, at most two solutions, one of them for all but one."""
     rng, prompts = random.Random(0), builder(tokenizer)

@@ -18,7 +18,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(11)
-    for number in range(60):
+    for number in range(36):
         count = int(torch.randint(0, 60, (), generator=generator)) if number % 5 else number // 5
         values = draw(number, count, generator)
         owner = torch.randint(0, world, (count,), generator=generator)

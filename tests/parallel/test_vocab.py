@@ -84,13 +84,18 @@ def test_no_tokens_still_tells_megatron() -> None:
     assert weight.grad_added_to_main_grad is True and weight.main_grad.eq(2.0).all()
 
 
-def test_frozen_inputs_get_no_gradient() -> None:
-    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(8, 4)
-    linear_log_prob_and_entropy(hidden, weight, torch.zeros(5, dtype=torch.int64), None, 8)[1].sum().backward()
-    assert hidden.grad is not None and weight.grad is None
-    hidden, weight = hidden.detach(), weight.requires_grad_()
-    linear_log_prob_and_entropy(hidden, weight, torch.zeros(5, dtype=torch.int64), None, 8)[0].sum().backward()
-    assert weight.grad is not None and hidden.grad is None
+@pytest.mark.parametrize("result", [0, 1], ids=["log_prob", "entropy"])
+def test_scalar_of_one_result_and_one_frozen_input(result: int) -> None:
+    """The other result has no part in the gradient, the frozen input gets none. Tolerance 2e-6."""
+    torch.manual_seed(1)
+    leaves, targets = [torch.randn(5, 4), torch.randn(8, 4)], torch.tensor([0, 7, 3, 3, 1])
+    whole = [leaf.double().requires_grad_() for leaf in leaves]
+    oracle(whole[0] @ whole[1].t(), targets)[result].sum().backward()
+    for trained in (0, 1):
+        given = [leaf.clone().requires_grad_(index == trained) for index, leaf in enumerate(leaves)]
+        linear_log_prob_and_entropy(*given, targets, None, 8, chunk_tokens=2)[result].sum().backward()
+        torch.testing.assert_close(given[trained].grad.double(), whole[trained].grad, atol=2e-6, rtol=0)
+        assert given[1 - trained].grad is None
 
 
 def test_entropy_bounds() -> None:

@@ -18,8 +18,8 @@ from megatron_antisd.config import RolloutConfig
 from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling
 from megatron_antisd.rollout.vllm_engine import VllmEngine
 
-STOP = 2
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, stop_token_ids=(STOP,))
+STOPS = tuple(range(0, VOCAB, 8))  # so many that these random models draw one now and then
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, stop_token_ids=STOPS)
 FIXED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, ignore_eos=True)
 LONG_PROMPT = 300  # two full KV blocks of 128 tokens and a rest
 
@@ -65,7 +65,6 @@ def sampling_facts(engine: VllmEngine, model: Any) -> dict[str, Any]:
     order = engine.generate(requests[::-1], SAMPLING)[::-1]
     fixed = engine.generate(make_requests(24, length=5), FIXED)
     stopping = engine.generate(make_requests(24, length=5), SAMPLING)
-    # Every id of this model is drawn sooner or later: a second stop id ends responses at its first appearance.
     cool = Sampling(temperature=0.5, top_p=1.0, max_new_tokens=12, ignore_eos=True)
     nucleus = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=12, ignore_eos=True)
     return {
@@ -75,7 +74,6 @@ def sampling_facts(engine: VllmEngine, model: Any) -> dict[str, Any]:
         "group_differs": first[0].response_ids != first[1].response_ids,
         "fixed_lengths": sorted({len(g.response_ids) for g in fixed}),
         "fixed_truncated": all(g.truncated for g in fixed),
-        "fixed_holds_stop": any(STOP in g.response_ids for g in fixed),
         "cut_at_stop": all(_until_stop(f, s) for f, s in zip(fixed, stopping, strict=True)),
         "stopped": sum(not g.truncated for g in stopping),
         "few": len(engine.generate(requests[:1], SAMPLING)),
@@ -91,9 +89,8 @@ def sampling_facts(engine: VllmEngine, model: Any) -> dict[str, Any]:
 
 def _until_stop(fixed: Generation, stopped: Generation) -> bool:
     """With the same seed, the response that may stop is the fixed one cut after its first stop token."""
-    ids = fixed.response_ids
-    end = ids.index(STOP) + 1 if STOP in ids else len(ids)
-    return stopped.response_ids == ids[:end] and stopped.truncated == (STOP not in ids)
+    end = next((i + 1 for i, token in enumerate(fixed.response_ids) if token in STOPS), None)
+    return stopped.response_ids == fixed.response_ids[:end] and stopped.truncated == (end is None)
 
 
 def _nucleus_gain(model: Any, requests: Sequence[Request], generations: Sequence[Generation]) -> float:
@@ -138,10 +135,11 @@ def without_expert_repair(engine: VllmEngine, old: Any, new: Any, old_tensors: d
     return facts
 
 
-def failing_rank(path: Path) -> dict[str, Any]:
-    """Rank 1's vLLM raises in the middle of a run: every rank hears of it, at once, and so at every later call."""
-    engine = start(path, 1)
-    if dist.get_rank() == 1:
+def failure_facts(engine: VllmEngine, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What goes wrong goes wrong on every rank, at once. A failed engine refuses to go on; here it is made to, to fail again."""
+    facts: dict[str, Any] = {
+        "disagreement": error_of(lambda: engine.generate(make_requests(2, length=4, seed=dist.get_rank()), FIXED))}
+    if dist.get_rank() == 1:  # vLLM raises in the middle of a run, on one rank alone
         step, count = engine._llm.llm_engine.step, iter(range(100))
 
         def failing_step() -> Any:
@@ -151,34 +149,28 @@ def failing_rank(path: Path) -> dict[str, Any]:
 
         engine._llm.llm_engine.step = failing_step
     begin = time.perf_counter()
-    first = error_of(lambda: engine.generate(make_requests(6, length=9), FIXED))
-    facts = {"error": first, "seconds": time.perf_counter() - begin,
-             "later": error_of(lambda: engine.generate(make_requests(6, length=9), FIXED))}
-    engine.close()
-    return facts
+    facts["one_rank"] = error_of(lambda: engine.generate(make_requests(6, length=9), FIXED))
+    facts["one_rank_seconds"] = time.perf_counter() - begin
+    facts["later"] = error_of(lambda: engine.generate(make_requests(6, length=9), FIXED))
 
-
-def bad_streams(path: Path, tensors: dict[str, Any]) -> dict[str, str]:
-    """A stream that does not fit, each on an engine of its own (a failed engine stays failed); the stream is read to its end."""
     read: list[str] = []
 
     def stream(items: dict[str, Any]) -> Any:
         for name, tensor in items.items():
-            yield name, tensor
             read.append(name)
+            yield name, tensor
 
     norm = "model.norm.weight"
-    engine = start(path, 1)
-    first, *rest = tensors
-    facts = {"unknown": error_of(lambda: engine.load_weights(stream({"model.surprise": torch.ones(1), **tensors}), 1)),
-             "read": str(len(read) - len(tensors) - 1), "version": str(engine.policy_version)}
-    engine._failure = ""
-    facts["missing"] = error_of(lambda: engine.load_weights(iter({k: v for k, v in tensors.items() if k != norm}.items()), 1))
-    engine._failure = ""
-    facts["shape"] = error_of(lambda: engine.load_weights(stream({**tensors, norm: torch.ones(7)}), 1))
-    engine._failure = ""
-    facts["disagreement"] = error_of(lambda: engine.generate(make_requests(2, length=4, seed=dist.get_rank()), FIXED))
-    engine.close()
+    for case, items in {
+        "unknown": {"model.surprise": torch.ones(1), **tensors},
+        "missing": {name: tensor for name, tensor in tensors.items() if name != norm},
+        "shape": {**tensors, norm: torch.ones(7)},
+    }.items():
+        engine._failure = ""
+        read.clear()
+        facts[case] = error_of(lambda items=items: engine.load_weights(stream(items), version=9))
+        facts[f"{case}_left_unread"] = len(items) - len(read)
+    facts["version"] = engine.policy_version
     return facts
 
 
@@ -200,14 +192,14 @@ def main(folder: Path) -> None:
         engine = start(paths[family, 0], tensor_parallel)
         arguments = (engine, models[family, 0], models[family, 1], tensors[family, 0], tensors[family, 1])
         found = facts[f"{family}_tp{tensor_parallel}"] = {}
-        if family == "dense" or tensor_parallel == 2:
+        if (family, tensor_parallel) in (("dense", 1), ("moe", 2)):
             found["sampling"] = sampling_facts(engine, models[family, 0])
         found["update"] = update_facts(*arguments)
         if family == "moe":
             found["experts"] = without_expert_repair(*arguments)
+        if (family, tensor_parallel) == ("moe", 1):
+            found["failures"] = failure_facts(engine, tensors["moe", 0])
         engine.close()
-    facts["failing"] = failing_rank(paths["dense", 0])
-    facts["streams"] = bad_streams(paths["dense", 0], tensors["dense", 0])
     facts["state_kept"] = process_state() == before
     one = torch.ones(1)
     dist.all_reduce(one)  # the trainer's group outlives every engine

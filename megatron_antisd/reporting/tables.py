@@ -1,14 +1,16 @@
-"""A comparison as Markdown."""
+"""A comparison as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+from megatron_antisd.reporting.compare import Comparison, MethodResult
 from megatron_antisd.reporting.intervals import Estimate
-
-if TYPE_CHECKING:
-    from megatron_antisd.reporting.compare import Comparison, MethodResult
 
 INTERVALS = {
     "t": "Student's t over seeds",
@@ -36,6 +38,26 @@ def comparison_markdown(comparison: Comparison) -> str:
             parts += [f"Minus {comparison.baseline}, in points, over pairs of the same base model and seed:", _difference_table(results)]
         parts += [_step_text(comparison), _step_table(comparison, results)]
     return "\n\n".join([*parts, "## Runs", _runs_table(comparison), *_unfinished(comparison)]) + "\n"
+
+
+def write_comparison(comparison: Comparison, directory: Path) -> list[Path]:
+    """Write comparison.md, comparison.json (everything) and comparison.csv (one row per scope, method, quantity and step)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"comparison.{end}" for end in ("md", "json", "csv")]
+    paths[0].write_text(comparison_markdown(comparison))
+    paths[1].write_text(json.dumps(dataclasses.asdict(comparison), indent=1, allow_nan=False) + "\n")
+    with paths[2].open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=("scope", "method", "quantity", "step", "mean", "low", "high", "runs", "kind"))
+        writer.writeheader()
+        writer.writerows(_csv_rows(comparison))
+    return paths
+
+
+def _csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    for result in comparison.results:
+        for quantity, table in (("accuracy", result.accuracy), (f"minus {comparison.baseline}", result.difference)):
+            for step, value in table.items():
+                yield {"scope": result.scope, "method": result.method, "quantity": quantity, "step": step, **dataclasses.asdict(value)}
 
 
 def _interval_note(comparison: Comparison) -> str:
