@@ -207,7 +207,10 @@ class LoggingConfig(Section):
     wandb_project: str | None = None
     progress: bool = True
     samples_per_evaluation: int = Field(2, ge=0)
-    """Decoded rollouts written to samples.jsonl at each evaluation."""
+    """Decoded rollouts of each benchmark written to samples.jsonl at each evaluation."""
+    token_kinds: str | None = None
+    """Dotted path `package.module:function(problem, response_words) -> list[str]` that names the role of each space-separated word of
+    a response; at evaluation steps the mean u of each role goes to token_u.jsonl. None groups by token."""
 
 
 class RunSection(Section):

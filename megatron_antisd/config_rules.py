@@ -240,13 +240,17 @@ def _package_problems(config: RunConfig) -> Iterator[str]:
                "that name); build it from source or set optimizer.backend=torch")
     if config.logging.wandb_project is not None and not _has("wandb"):
         yield "logging.wandb_project: wandb is not installed; pip install wandb, or leave the key out"
-    function = config.grading.function
-    if function is not None:
-        module, separator, name = function.partition(":")
-        if not (separator and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-            yield f"grading.function={function!r} is not of the form package.module:function"
-        elif not _has(module.split(".")[0]):
-            yield f"grading.function={function!r}: there is no package {module.split('.')[0]!r} to import"
+    for key, function in (("grading.function", config.grading.function), ("logging.token_kinds", config.logging.token_kinds)):
+        if function is not None:
+            yield from _function_problems(key, function)
+
+
+def _function_problems(key: str, function: str) -> Iterator[str]:
+    module, separator, name = function.partition(":")
+    if not (separator and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        yield f"{key}={function!r} is not of the form package.module:function"
+    elif not _has(module.split(".")[0]):
+        yield f"{key}={function!r}: there is no package {module.split('.')[0]!r} to import"
 
 
 def _has(package: str, *, inside: str | None = None) -> bool:

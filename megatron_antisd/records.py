@@ -22,7 +22,7 @@ class Problem:
 
     id: str
     prompt: str
-    """The user's turn as plain text (the data set's question, after the configured prompt template)."""
+    """The data set's question as plain text; data.prompt_template is applied by the prompt builder."""
     answer: str
     """What the grader compares with."""
     solution: str | None = None

@@ -321,6 +321,7 @@ def test_broken_config_json_is_named(checkpoint: Path) -> None:
     ("debug.load_rollouts=nowhere", ["debug.load_rollouts: no directory at nowhere"]),
     ("grading.function=json.loads", ["grading.function='json.loads'", "package.module:function"]),
     ("grading.function='absent_package.x:f'", ["no package 'absent_package'"]),
+    ("logging.token_kinds='absent_package.x:f'", ["logging.token_kinds", "no package 'absent_package'"]),
 ])  # fmt: skip
 def test_missing_thing_is_named(checkpoint: Path, override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -140,7 +140,9 @@ def test_killed_process_loses_nothing_that_was_logged(tmp_path: Path) -> None:
         "writer = open_writer(Path(sys.argv[1])); train(writer, range(0, 4)); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     here = Path(__file__).resolve().parent
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "killed"), str(here)], cwd=here.parent, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "killed"), str(here)], cwd=here.parent, capture_output=True, timeout=120
+    )
     assert done.returncode == -9, done.stderr.decode()
     with open_writer(tmp_path / "whole") as writer:
         train(writer, range(0, 4))
@@ -220,7 +222,13 @@ def test_tensorboard_holds_the_values_and_forgets_what_runs_again(tmp_path: Path
             writer.log(step, row(step, reward_mean=0.5))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, pytest.approx(e.value, abs=1e-7)) for e in events.Scalars("reward_mean")] == [(1, 0.1), (2, 0.2), (3, 0.5), (4, 0.5), (5, 0.5)]
+    assert [(e.step, pytest.approx(e.value, abs=1e-7)) for e in events.Scalars("reward_mean")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.5),
+        (4, 0.5),
+        (5, 0.5),
+    ]
     assert [e.step for e in events.Scalars("eval/search/avg@4")] == [0, 2]
     assert "loss" not in events.Tags()["scalars"]  # it was None
 

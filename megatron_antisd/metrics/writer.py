@@ -174,7 +174,8 @@ def _open_tensorboard(directory: Path, resume_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("logging.tensorboard=true needs the package tensorboard: install it or set logging.tensorboard=false ({error})") from error
+        message = f"logging.tensorboard=true needs the package tensorboard: install it or set logging.tensorboard=false ({error})"
+        raise ConfigError(message) from error
     return SummaryWriter(log_dir=str(directory), purge_step=resume_step)
 
 

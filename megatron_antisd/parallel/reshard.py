@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megatron_antisd.models.build import ModelDescription, PolicyModel
 from megatron_antisd.models.weight_map import Layout, Weight, merge, split
@@ -126,6 +128,46 @@ class WeightStream:
             mine = [by_tensor_rank[rank] for rank in range(self.layout.expert_tensor_size)]
             names = entry.huggingface_names(expert_rank * experts + entry.local_expert)
             yield from zip(names, merge(entry.weight.layout, mine, geometry), strict=True)
+
+
+def save_huggingface(stream: Iterable[tuple[str, torch.Tensor]], source: str | Path, directory: Path, *, write: bool,
+                     shard_bytes: int = 4 << 30) -> None:
+    """Drain a weight stream into `directory`: sharded safetensors with index, and `source`'s config and tokenizer files.
+    Written beside the target and renamed at the end. Collective through the stream; only the rank with `write` touches the disk."""
+    if not write:
+        for _ in stream:
+            pass
+        return
+    work = directory.with_name(directory.name + ".incomplete")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    shard: dict[str, torch.Tensor] = {}
+    files: list[list[str]] = []
+    size = total = 0
+    for name, tensor in stream:
+        if shard and size + tensor.nbytes > shard_bytes:
+            files.append(_write_shard(work, len(files), shard))
+            shard, size = {}, 0
+        shard[name] = tensor.cpu().contiguous().clone()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    files.append(_write_shard(work, len(files), shard))
+    weight_map = {}
+    for number, names in enumerate(files):
+        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (work / f"shard-{number}").rename(work / final)
+        weight_map |= dict.fromkeys(names, final)
+    (work / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    for file in Path(source).iterdir():
+        if file.is_file() and ".safetensors" not in file.name:
+            shutil.copy(file, work / file.name)
+    if directory.exists():
+        shutil.rmtree(directory)
+    work.rename(directory)
+
+
+def _write_shard(work: Path, number: int, shard: dict[str, torch.Tensor]) -> list[str]:
+    save_file(shard, work / f"shard-{number}", metadata={"format": "pt"})
+    return list(shard)
 
 
 def _plan_buckets(entries: Sequence[ShardedWeight], layout: ProcessLayout, bucket_bytes: int) -> list[list[ShardedWeight]]:

@@ -21,7 +21,7 @@ from megatron_antisd.algorithm import clipped_surrogate, token_advantage, token_
 from megatron_antisd.config import RunConfig
 from megatron_antisd.data.packing import MicroBatch, input_length, pack, plan_micro_batches
 from megatron_antisd.models.attention import PackedSequences
-from megatron_antisd.models.build import ModelDescription, PolicyModel, build_model
+from megatron_antisd.models.build import ModelDescription, build_model
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
 from megatron_antisd.parallel.reshard import WeightStream, load_huggingface
@@ -64,11 +64,15 @@ class Trainer:
 
     def score(self, views: Sequence[ScoringView]) -> TokenScores:
         """Log-prob and exact entropy of every response token, without gradient. Collective; every rank returns all of them."""
-        plan = self._plan(views, self.config.trainer.score_micro_batch_tokens)
+        # Every data-parallel rank must take part: a short batch is filled up with copies of its first view.
+        filler = [views[0]] * (self.layout.data_size - len(views))
+        plan = self._plan([*views, *filler], self.config.trainer.score_micro_batch_tokens)
         self.model.eval()
         with torch.no_grad():
-            results = self._run(plan, lambda micro, hidden: self._scores(micro, hidden), forward_only=True)
-        return self._assemble(plan, results)
+            results = self._run(plan, self._scores, forward_only=True)
+        scores = self._assemble(plan, results)
+        lengths = plan.lengths[: len(views)]
+        return TokenScores(log_prob=scores.log_prob[: sum(lengths)], entropy=scores.entropy[: sum(lengths)], lengths=lengths)
 
     def step(self, batch: TrainingBatch, learning_rate: float) -> StepStats:
         """One policy update; skipped, with nothing changed, when loss or gradient is not finite. Collective."""
@@ -95,8 +99,11 @@ class Trainer:
         """(Hugging Face name, full tensor) of the whole policy, bucketed. Collective: drain it on every rank."""
         return self._stream.stream()
 
-    def hidden_states(self, micro: MicroBatch, packed: PackedSequences) -> torch.Tensor | None:
-        """[T, H] final hidden states of one row on the last pipeline stage, None elsewhere; no gradient. For the in-process sampler."""
+    def hidden_states(self, input_ids: torch.Tensor, packed: PackedSequences) -> torch.Tensor | None:
+        """[T] token ids -> [T, H] final hidden states on the last pipeline stage, None elsewhere; no gradient. For the in-process sampler.
+        T is a multiple of the tensor-parallel size; with experts every rank of the world must call it equally often."""
+        none = torch.empty(0, dtype=torch.int64)
+        micro = MicroBatch(indices=(), input_ids=input_ids, lengths=(len(input_ids),), predicting=none, targets=none, padding=0)
         self.model.eval()
         with torch.no_grad():
             results = self._run_rows([(micro, packed)], lambda _, hidden: (self._whole_row(hidden),), forward_only=True)

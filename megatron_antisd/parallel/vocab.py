@@ -10,8 +10,8 @@ Padded columns are never read. All statistics are fp32, taken relative to the ro
 logits are safe. A call costs two small all-reduces forward (`[T + 3]` MAX, `[3, T]` SUM) and, in the linear form, one of `[T, H]`
 backward. Every rank gets the same results and has to back-propagate the same scalar: the gradients are those of that one scalar.
 
-Two forms share all the mathematics: `log_prob_and_entropy` starts from logits, `linear_log_prob_and_entropy` from the output layer's
-input and weight, and then no more than `chunk_tokens` rows of logits ever exist: backward computes them again.
+`linear_log_prob_and_entropy` starts from the output layer's input and weight: at most `chunk_tokens` rows of fp32 logits exist at a
+time, beside one temporary of that size (their exponentials), and backward computes them again.
 """
 
 from __future__ import annotations
@@ -97,10 +97,9 @@ class _Shard:
 
     @classmethod
     def of(cls, columns: int, vocab_size: int, group: dist.ProcessGroup | None) -> _Shard:
-        rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size}, expected the number of true ids, at least 1")
-        start = rank * columns
+        start = 0 if group is None else dist.get_rank(group) * columns
         return cls(group=group, columns=columns, start=start, true_columns=min(max(vocab_size - start, 0), columns), vocab_size=vocab_size)
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp) -> None:
@@ -143,14 +142,13 @@ def _chunk_statistics(logits: torch.Tensor, column: torch.Tensor) -> torch.Tenso
 
 def _merge(local: torch.Tensor, targets: torch.Tensor, owned: torch.Tensor, shard: _Shard) -> tuple[torch.Tensor, torch.Tensor]:
     """Every shard's statistics `[4, T]` -> log_prob `[T]` and what backward needs `[3, T]`: maximum, log Z - maximum, entropy."""
-    tokens = targets.shape[0]
     invalid = ((targets < 0) | (targets >= shard.vocab_size)).sum()
     # Three numbers travel with the maxima, so that a fault on one rank raises on all of them without a collective of its own.
     header = torch.stack([invalid.new_tensor(shard.columns), invalid.new_tensor(-shard.columns), invalid]).to(local.dtype)
     maxima = torch.cat([local[0], header])  # [T + 3]
     shard.all_reduce(maxima, dist.ReduceOp.MAX)
-    _check_header(maxima[tokens:].tolist(), targets, shard)
-    peak = maxima[:tokens]
+    _check_header(maxima[-3:].tolist(), targets, shard)
+    peak = maxima[:-3]
 
     # From this shard's maximum m_r to the global m: x - m = (x - m_r) + (m_r - m). No term cancels another: both are <= 0.
     shift = (local[0] - peak).clamp_(min=EXP_FLOOR)

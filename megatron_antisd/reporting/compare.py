@@ -12,6 +12,7 @@ from megatron_antisd.reporting.runs import RunData, distinct_names, load_run, me
 ALL_BASES = "all bases"
 BASELINE = "grpo"
 THRESHOLDS = (0.25, 0.5, 0.65)
+ROUNDING = 9  # decimals: equal accuracies must not differ by the rounding of their means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +137,11 @@ def _difference(runs: Sequence[RunSummary], baseline_runs: Sequence[RunSummary])
 
 
 def _best_step(curve: dict[int, Estimate]) -> int:
-    return max(curve, key=lambda step: (curve[step].mean, -step))
+    return max(curve, key=lambda step: (round(curve[step].mean, ROUNDING), -step))
 
 
 def _first_step(curve: dict[int, Estimate], threshold: float) -> int | None:
-    return next((step for step, value in curve.items() if value.mean >= threshold), None)
+    return next((step for step, value in curve.items() if round(value.mean, ROUNDING) >= round(threshold, ROUNDING)), None)
 
 
 def _speedup(curve: dict[int, Estimate], baseline: dict[int, Estimate] | None) -> float | None:

@@ -136,7 +136,9 @@ def _as_share(axis: Axes) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
 
 
-def _panel(key: str, title: str, ylabel: str, *, share: bool = False, absent: str = "not recorded") -> Callable[[Axes, Sequence[Group]], None]:
+def _panel(
+    key: str, title: str, ylabel: str, *, share: bool = False, absent: str = "not recorded"
+) -> Callable[[Axes, Sequence[Group]], None]:
     def draw(axis: Axes, groups: Sequence[Group]) -> None:
         axis.set_title(title)
         axis.set_ylabel(ylabel)
@@ -202,7 +204,10 @@ def _gate_of_one(axis: Axes, run: RunData, colour: str) -> None:
     intervals = gate_intervals(run)
     for state, first, last in intervals:
         axis.axvspan(first - 0.5, last + 0.5, color=SHADES[state], linewidth=0, zorder=0)
-    for key, label, dashes in (("gate_warm", r"$H_{warm}$: opens at or above", (6, 2)), ("gate_down", r"$\tau_{down}$: closes below", (1.5, 1.5))):
+    for key, label, dashes in (
+        ("gate_warm", r"$H_{warm}$: opens at or above", (6, 2)),
+        ("gate_down", r"$\tau_{down}$: closes below", (1.5, 1.5)),
+    ):
         steps, values = run.series(key)
         if np.isfinite(values).any():
             handles += axis.plot(steps, values, color="#333333", linewidth=1.4, dashes=dashes, label=label)
@@ -234,7 +239,9 @@ def _gate_strips(axis: Axes, groups: Sequence[Group]) -> None:
     axis.set_ylim(bottom, bottom + (top - bottom) / (0.9 - 1.4 * height * len(gated)))
     for index, (group, run) in enumerate(gated):
         spans = [(first - 0.5, last - first + 1) for state, first, last in gate_intervals(run) if state == "open"]
-        axis.broken_barh(spans, (0.92 - 1.4 * height * (index + 1), height), transform=axis.get_xaxis_transform(), color=group.colour, linewidth=0)
+        axis.broken_barh(
+            spans, (0.92 - 1.4 * height * (index + 1), height), transform=axis.get_xaxis_transform(), color=group.colour, linewidth=0
+        )
     thresholds = r", dotted: $\tau_{down}$" if len(gated) <= MAX_THRESHOLD_RUNS else ""
     axis.text(0.01, 0.985, f"bars: gate open{thresholds}", transform=axis.transAxes, fontsize=9.5, va="top", color="#444444")
 
@@ -265,7 +272,9 @@ def _seconds(axis: Axes, groups: Sequence[Group]) -> None:
     # A stage that did not run took no time: in a stack of times that 0 is meant.
     layers = np.array([[row.get(f"seconds_{stage}") or 0.0 for row in training] for stage in present])
     other = np.maximum(np.array([row["seconds_total"] or np.nan for row in training]) - layers.sum(axis=0), 0.0)
-    axis.stackplot(steps, *layers, np.nan_to_num(other), labels=[*present, "other"], colors=[*COLOURS[: len(present)], "#BBBBBB"], linewidth=0)
+    axis.stackplot(
+        steps, *layers, np.nan_to_num(other), labels=[*present, "other"], colors=[*COLOURS[: len(present)], "#BBBBBB"], linewidth=0
+    )
     # The first steps warm up caches and would flatten all others.
     axis.set_ylim(0, 1.25 * float(np.nanquantile(layers.sum(axis=0) + np.nan_to_num(other), 0.97)))
     _legend_above(axis, axis.get_legend_handles_labels()[0])

@@ -94,7 +94,9 @@ def _gate(run: RunData) -> str:
     if calibrated is None:
         lines.append("The gate was not calibrated: there is no H_warm.")
     else:
-        lines.append(f"H_warm = {calibrated['gate_warm']:.4f} nats, tau_down = {calibrated['gate_down']:.4f} nats (from step {calibrated['step']}).")
+        lines.append(
+            f"H_warm = {calibrated['gate_warm']:.4f} nats, tau_down = {calibrated['gate_down']:.4f} nats (from step {calibrated['step']})."
+        )
     entropy = [(row["teacher_entropy_median"], row["step"]) for row in run.training if row["teacher_entropy_median"] is not None]
     if entropy:
         (low, low_step), (high, high_step) = min(entropy), max(entropy)
@@ -142,12 +144,17 @@ def _samples(run: RunData) -> str:
 
 def _sample(row: dict[str, Any]) -> str:
     reward = "not graded" if row["reward"] is None else f"reward {row['reward']:g}"
-    return f"Step {row['step']}, problem `{row['problem_id']}`, {reward}{', truncated' if row['truncated'] else ''}:\n\n{_fenced(row['response'])}"
+    truncated = ", truncated" if row["truncated"] else ""
+    return f"Step {row['step']}, problem `{row['problem_id']}`, {reward}{truncated}:\n\n{_fenced(row['response'])}"
 
 
 def _fenced(text: str) -> str:
     """A code block that the text cannot close."""
-    cut = text if len(text) <= MAX_SAMPLE_CHARACTERS else f"{text[:MAX_SAMPLE_CHARACTERS]}\n[... {len(text) - MAX_SAMPLE_CHARACTERS} more characters]"
+    cut = (
+        text
+        if len(text) <= MAX_SAMPLE_CHARACTERS
+        else f"{text[:MAX_SAMPLE_CHARACTERS]}\n[... {len(text) - MAX_SAMPLE_CHARACTERS} more characters]"
+    )
     fence = "```"
     while fence in cut:
         fence += "`"

@@ -68,7 +68,9 @@ def load_run(directory: Path | str) -> RunData:
     directory = Path(directory)
     for name in (CONFIG, METRICS):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}, so it is no run directory; give the folder a run wrote, e.g. runs/quickstart")
+            raise FileNotFoundError(
+                f"{directory} has no {name}, so it is no run directory; give the folder a run wrote, e.g. runs/quickstart"
+            )
     rows = read_metrics(directory / METRICS)
     if not rows:
         raise MetricsError(f"{directory / METRICS} has no rows yet; the run has not finished its first step")
@@ -96,7 +98,9 @@ def method_label(config: RunConfig, ignored: frozenset[str] = frozenset()) -> st
     settings = {key: value for key, value in _settings(config).items() if value != _DEFAULTS[key] and key not in ignored}
     if not config.needs_teacher and config.algorithm.method == "grpo":
         settings = {key: value for key, value in settings.items() if key not in TEACHER_SETTINGS and not key.startswith("gate.")}
-    parts = ["continual"] * bool(config.checkpoint.continual_from) + [f"{key}={value}" for key, value in settings.items()]
+    parts = ["continual"] * bool(config.checkpoint.continual_from) + [
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
+    ]
     return config.algorithm.method + (f" ({', '.join(parts)})" if parts else "")
 
 

@@ -78,7 +78,11 @@ def _accuracy_table(results: Sequence[MethodResult]) -> str:
 def _difference_table(results: Sequence[MethodResult]) -> str:
     steps = _steps(results)
     rows = [
-        [result.method, str(next(iter(result.difference.values())).runs), *(_percent(result.difference.get(step), "+.1f") for step in steps)]
+        [
+            result.method,
+            str(next(iter(result.difference.values())).runs),
+            *(_percent(result.difference.get(step), "+.1f") for step in steps),
+        ]
         for result in results
         if result.difference
     ]

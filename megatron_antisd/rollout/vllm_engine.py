@@ -288,7 +288,8 @@ def _generation(output: Any) -> Generation:
     ids = tuple(output.token_ids)
     # One entry a position with logprobs=0, in the order of the tokens.
     log_probs = tuple(output.logprobs.logprobs)
-    if not ids or tuple(output.logprobs.token_ids) != ids or not math.isfinite(sum(log_probs)) or output.finish_reason not in ("stop", "length"):
+    complete = ids and tuple(output.logprobs.token_ids) == ids and math.isfinite(sum(log_probs))
+    if not complete or output.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM returned {len(ids)} tokens, {len(log_probs)} log-probs with the sum {sum(log_probs)} and finish reason "
                           f"{output.finish_reason!r}; expected at least one token, a finite log-prob of each, and 'stop' or 'length'")
     return Generation(response_ids=ids, log_probs=log_probs, truncated=output.finish_reason == "length")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,11 @@ def write_run(
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(build_config(raw)))
     random = np.random.default_rng(seed)
-    with MetricsWriter(directory, config=QUIET, total_steps=steps, resume_step=None, run_name=directory.name, is_writer=True) as writer:
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with (
+        quiet,
+        MetricsWriter(directory, config=QUIET, total_steps=steps, resume_step=None, run_name=directory.name, is_writer=True) as writer,
+    ):
         for step in range(steps + 1):
             if step > 0:
                 writer.log(step, _row(step, method, random, noise))
@@ -76,6 +82,12 @@ def _row(step: int, method: str, random: np.random.Generator, noise: float) -> d
 
 def _samples(step: int) -> list[dict[str, Any]]:
     return [
-        {"problem_id": "p-7", "prompt": "Q 1 2 3 A", "response": f"ANS 3 EOS from step {step}", "reward": float(step > 0), "truncated": False},
+        {
+            "problem_id": "p-7",
+            "prompt": "Q 1 2 3 A",
+            "response": f"ANS 3 EOS from step {step}",
+            "reward": float(step > 0),
+            "truncated": False,
+        },
         {"problem_id": "p-9", "prompt": "Q 4 5 6 A", "response": "TRY 5", "reward": 0.0, "truncated": True},
     ]

@@ -121,7 +121,9 @@ def update_facts(engine: VllmEngine, old: Any, new: Any, old_tensors: dict[str, 
     return facts
 
 
-def without_expert_repair(engine: VllmEngine, old: Any, new: Any, old_tensors: dict[str, Any], new_tensors: dict[str, Any]) -> dict[str, Any]:
+def without_expert_repair(
+    engine: VllmEngine, old: Any, new: Any, old_tensors: dict[str, Any], new_tensors: dict[str, Any],
+) -> dict[str, Any]:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
 
     requests = make_requests(4, length=20)

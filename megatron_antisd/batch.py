@@ -1,0 +1,134 @@
+"""Graded groups and scores -> training batches, gate signal and the step's figures. Plain tensors: every rank holds the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_antisd.algorithm import group_advantage, phi
+from megatron_antisd.config import AlgorithmConfig
+from megatron_antisd.records import PrivilegedView, RolloutGroup, ScoringView, StepStats, TokenScores, TrainingBatch
+
+PHI_BOUND_U = -4.97
+"""Below this u, phi is within 1 % of its lower bound: softplus(u) < 0.01 log 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherScores:
+    """The teacher's scores laid over all response tokens of the batch."""
+
+    log_prob: torch.Tensor
+    """[T] float32, NaN where there is no teacher."""
+    mask: torch.Tensor
+    """[T] bool."""
+    entropy: torch.Tensor
+    """[T_teacher] float32, of the tokens under the mask."""
+    missing: int | None
+    """Rollouts without a teacher; None where no teacher was asked for."""
+
+
+def student_views(groups: Sequence[RolloutGroup]) -> tuple[ScoringView, ...]:
+    """The plain prompt and the response of every rollout, in order."""
+    return tuple(ScoringView(prompt_ids=r.prompt_ids, response_ids=r.response_ids) for group in groups for r in group.rollouts)
+
+
+def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], scores: TokenScores | None) -> TeacherScores:
+    """Put the scores of the views that exist at their rollouts' tokens. `lengths` are all rollouts' response lengths.
+    Raises ValueError when a view's response is not as long as its rollout's (invariant 1)."""
+    mask = torch.tensor([view.view is not None for view in views]).repeat_interleave(torch.tensor(lengths))
+    expected = tuple(n for n, view in zip(lengths, views, strict=True) if view.view is not None)
+    log_prob = torch.full((sum(lengths),), float("nan"))
+    missing = len(views) - len(expected)
+    if scores is None:
+        if expected:
+            raise ValueError(f"{len(expected)} privileged views were not scored")
+        return TeacherScores(log_prob=log_prob, mask=mask, entropy=torch.empty(0), missing=missing)
+    if scores.lengths != expected:
+        raise ValueError(f"teacher scores have response lengths {scores.lengths}, the rollouts {expected}")
+    log_prob[mask] = scores.log_prob
+    return TeacherScores(log_prob=log_prob, mask=mask, entropy=scores.entropy, missing=missing)
+
+
+def no_teacher(lengths: Sequence[int]) -> TeacherScores:
+    """For methods without a teacher pass."""
+    total = sum(lengths)
+    return TeacherScores(log_prob=torch.full((total,), float("nan")), mask=torch.zeros(total, dtype=torch.bool), entropy=torch.empty(0), missing=None)
+
+
+def lower_median(values: torch.Tensor) -> float | None:
+    """Exact; the lower middle of an even count; None of nothing. The gate's H: the same on every rank, whatever the layout."""
+    return float(values.median()) if values.numel() else None  # torch's median is the lower one
+
+
+def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: TokenScores | None, lambda_: float,
+                 settings: AlgorithmConfig) -> list[TrainingBatch]:
+    """One batch per update (`algorithm.updates_per_batch`), groups kept whole. A part in which nothing is left to learn from
+    (all its groups dropped) is left out."""
+    size = len(groups) // settings.updates_per_batch
+    batches = []
+    first_token = 0
+    for start in range(0, len(groups), size):
+        part = groups[start : start + size]
+        views = student_views(part)
+        lengths = [len(view.response_ids) for view in views]
+        tokens = slice(first_token, first_token + sum(lengths))
+        advantages, keep = [], []
+        for group in part:
+            rewards = group.rewards()
+            advantages.append(group_advantage(rewards, std=settings.std).float())
+            dropped = settings.zero_variance == "drop" and bool((rewards == rewards[0]).all())
+            keep += [not dropped] * len(group.rollouts)
+        if any(keep):
+            batches.append(TrainingBatch(
+                views=views, sequence_advantage=torch.cat(advantages), sequence_mask=torch.tensor(keep),
+                teacher_log_prob=teacher.log_prob[tokens], teacher_mask=teacher.mask[tokens],
+                old_log_prob=None if old is None else old.log_prob[tokens],
+                engine_log_prob=torch.tensor([p for group in part for r in group.rollouts for p in r.engine_log_probs]),
+                lambda_=lambda_, tokens=sum(n for n, kept in zip(lengths, keep, strict=True) if kept)))
+        first_token = tokens.stop
+    return batches
+
+
+def rollout_figures(groups: Sequence[RolloutGroup]) -> dict[str, float | int | None]:
+    """Rewards, lengths and counts of a batch."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    rewards = torch.cat([group.rewards() for group in groups])
+    completed = torch.tensor([not r.truncated for r in rollouts])
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    flat = [bool((g.rewards() == g.rewards()[0]).all()) for g in groups]
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_completed_mean": float(rewards[completed].mean()) if completed.any() else None,
+        "response_length_mean": tokens / len(rollouts),
+        "truncation_rate": 1.0 - float(completed.double().mean()),
+        "zero_variance_groups": sum(flat),
+        "tokens": tokens,
+    }
+
+
+def u_figures(teacher: TeacherScores, student_log_prob: torch.Tensor | None) -> dict[str, float | None]:
+    """u = teacher - student log-prob over tokens that have a teacher; None where there are none."""
+    names = ("u_mean", "u_negative_share", "phi_bound_share", "phi_mean", "u_p01", "u_p10", "u_p50", "u_p90", "u_p99")
+    if student_log_prob is None or not teacher.mask.any():
+        return dict.fromkeys(names)
+    u = (teacher.log_prob - student_log_prob)[teacher.mask].double()
+    ranks = [min(int(q * u.numel()), u.numel() - 1) for q in (0.01, 0.1, 0.5, 0.9, 0.99)]
+    quantiles = u.sort().values[ranks].tolist()
+    figures = (float(u.mean()), float((u < 0).double().mean()), float((u < PHI_BOUND_U).double().mean()), float(phi(u).mean()), *quantiles)
+    return dict(zip(names, figures, strict=True))
+
+
+def update_figures(stats: Sequence[StepStats], tokens: Sequence[int]) -> dict[str, float | int | None]:
+    """The figures of a step's updates: means weighted by tokens, the largest of maxima; None when no update was made."""
+    means = ("loss", "grad_norm", "clip_fraction", "student_entropy_mean", "mismatch_kl", "mismatch_mean", "padding_share")
+    skipped = sum(s.skipped for s in stats)
+    if not stats:
+        return dict.fromkeys((*means, "mismatch_max")) | {"updates_skipped": skipped}
+    figures: dict[str, float | int | None] = {}
+    for name in means:
+        value = sum(getattr(s, name) * n for s, n in zip(stats, tokens, strict=True)) / sum(tokens)
+        figures[name] = value if torch.isfinite(torch.tensor(value)) else None  # a skipped update's loss has no value to report
+    largest = max(s.mismatch_max for s in stats)
+    return figures | {"mismatch_max": largest if torch.isfinite(torch.tensor(largest)) else None, "updates_skipped": skipped}

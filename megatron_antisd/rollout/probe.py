@@ -1,0 +1,64 @@
+"""Proof of every weight sync: the engine's log-probs of its own samples against the trainer's scores of the same tokens.
+
+The probe's prompt is the same every time and longer than one KV block, so that a prefix cache that survived the update shows:
+its keys and values would be the old weights'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_antisd.records import ScoringView, TokenScores
+from megatron_antisd.rollout.engine import Engine, EngineError, Request, Sampling
+
+PROBE_TOKENS = 8
+LONGER_THAN_A_BLOCK = 160
+"""vLLM's KV block is 128 tokens on CPU, 16 on GPUs."""
+DEFAULT_LIMIT = {"float32": 1e-4, "bfloat16": 0.1}
+"""Largest mean |engine - trainer log-prob| accepted, nats. fp32 agrees to about 1e-6; bf16 kernels and routers differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """|engine - trainer log-prob| over the probe's tokens, nats."""
+
+    mean: float
+    max: float
+
+
+class SyncProbe:
+    """`score` is the trainer's, `limit` the largest mean difference accepted; `copies` requests reach every replica."""
+
+    def __init__(self, prompt: Sequence[int], *, score: Callable[[Sequence[ScoringView]], TokenScores], copies: int, limit: float,
+                 max_context: int, temperature: float) -> None:
+        room = max_context - PROBE_TOKENS
+        if not prompt or room < 1:
+            raise ValueError(f"the sync probe needs a prompt and a context above {PROBE_TOKENS}, got {len(prompt)} tokens and {max_context}")
+        repeated = tuple(prompt) * (LONGER_THAN_A_BLOCK // len(prompt) + 1)
+        self._requests = [Request(prompt_ids=repeated[: min(LONGER_THAN_A_BLOCK, room)], seed=i) for i in range(copies)]
+        self._sampling = Sampling(temperature=temperature, top_p=1.0, max_new_tokens=PROBE_TOKENS, ignore_eos=True)
+        self._score, self._limit = score, limit
+
+    def __call__(self, engine: Engine) -> ProbeResult:
+        """Sample and compare; collective. Raises EngineError beyond the limit."""
+        generations = engine.generate(self._requests, self._sampling)
+        views = [ScoringView(prompt_ids=r.prompt_ids, response_ids=g.response_ids) for r, g in zip(self._requests, generations, strict=True)]
+        theirs = torch.tensor([p for g in generations for p in g.log_probs], dtype=torch.float64)
+        difference = (self._score(views).log_prob.double() - theirs).abs()
+        result = ProbeResult(mean=float(difference.mean()), max=float(difference.max()))
+        if not result.mean <= self._limit:
+            raise EngineError(
+                f"after weight sync {engine.policy_version} the engine's log-probs differ from the trainer's by {result.mean:.2e} on average "
+                f"(max {result.max:.2e}), above the limit {self._limit:.0e}: the engine does not hold the trainer's weights. "
+                "Raise rollout.probe_max_mean only if this is the two kernels' rounding.")
+        return result
+
+
+def synchronise(engine: Engine, stream: Iterable[tuple[str, torch.Tensor]], version: int, probe: SyncProbe) -> ProbeResult:
+    """New weights into the engine, then the proof. Collective."""
+    engine.wake()
+    engine.load_weights(stream, version)
+    return probe(engine)

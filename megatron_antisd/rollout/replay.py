@@ -1,0 +1,41 @@
+"""Graded rollouts on disk, one JSON-lines file a step: save a run's, train another layout or method on the very same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_antisd.records import Problem, Rollout, RolloutGroup
+
+
+def save_rollouts(directory: str | Path, step: int, groups: Sequence[RolloutGroup]) -> None:
+    """Write `directory/step_000001.jsonl`, a group a line; whole or not at all."""
+    path = _path(directory, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        for group in groups:
+            file.write(json.dumps(dataclasses.asdict(group)) + "\n")
+    temporary.replace(path)
+
+
+def load_rollouts(directory: str | Path, step: int) -> list[RolloutGroup]:
+    """Read them back, equal to what was saved. Raises FileNotFoundError naming the step that is missing."""
+    path = _path(directory, step)
+    if not path.is_file():
+        raise FileNotFoundError(f"debug.load_rollouts: no rollouts of step {step} ({path}); save them with debug.save_rollouts={directory}")
+    return [_group(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def _group(row: dict) -> RolloutGroup:
+    rollouts = []
+    for fields in row["rollouts"]:
+        sequences = {name: tuple(fields[name]) for name in ("prompt_ids", "response_ids", "engine_log_probs")}
+        rollouts.append(Rollout(**{**fields, **sequences}))
+    return RolloutGroup(problem=Problem(**row["problem"]), rollouts=tuple(rollouts))
+
+
+def _path(directory: str | Path, step: int) -> Path:
+    return Path(directory) / f"step_{step:06d}.jsonl"

@@ -1,0 +1,234 @@
+"""Everything a run is made of, built and checked in the one order that works.
+
+Order: configuration rules, process group, (vLLM engine), Megatron's CPU support, groups and trainer, (in-process engine), checkpoint,
+first weight sync with its proof. vLLM looks at torch.cuda while it starts and joins the default process group, hence before Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from megatron_antisd import config_rules
+from megatron_antisd.algorithm import EntropyGate
+from megatron_antisd.compat.quiet import quiet_libraries
+from megatron_antisd.config import ConfigError, RunConfig, dump_config
+from megatron_antisd.data import ProblemSampler, PromptBuilder, load_problems
+from megatron_antisd.grading import GradingPool
+from megatron_antisd.records import Problem
+from megatron_antisd.rollout.engine import Engine, Sampling
+from megatron_antisd.rollout.probe import DEFAULT_LIMIT, ProbeResult, SyncProbe, synchronise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_antisd.parallel.trainer import Trainer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run, ready for step `progress.step + 1`."""
+
+    config: RunConfig
+    trainer: Trainer
+    engine: Engine
+    probe: SyncProbe
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptBuilder
+    sampler: ProblemSampler
+    grader: GradingPool
+    gate: EntropyGate
+    benchmarks: dict[str, list[Problem]]
+    sampling: Sampling
+    progress: Progress
+    resumed: bool
+    is_main: bool
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Response text without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def sync(self) -> ProbeResult:
+        """The trainer's weights into the engine, proved."""
+        return synchronise(self.engine, self.trainer.export(), self.progress.policy_version, self.probe)
+
+    def save_huggingface(self, directory: Path) -> None:
+        """The policy as an ordinary Hugging Face checkpoint; collective."""
+        from megatron_antisd.parallel.reshard import save_huggingface
+
+        save_huggingface(self.trainer.export(), self.config.model.path, directory, write=self.is_main)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All training state outside model, optimizer and random generators; plain JSON."""
+        return {"progress": vars(self.progress), "gate": self.gate.state_dict(), "sampler": self.sampler.state_dict(),
+                "method": self.config.algorithm.method}
+
+    def close(self) -> None:
+        self.grader.close()
+        self.engine.close()
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Counters that are training state."""
+
+    step: int = 0
+    """Steps done."""
+    policy_version: int = 0
+    """Updates applied."""
+    skipped_in_a_row: int = 0
+    skipped: int = 0
+
+
+def build_run(config: RunConfig) -> Run:
+    """Build all parts on this rank; collective. Raises ConfigError before anything heavy starts when the configuration cannot run."""
+    from megatron_antisd.parallel.layout import start_process_group
+
+    world = int(_environment("WORLD_SIZE", "1"))
+    model = _model_config(config)
+    config_rules.check(config, model, world)
+    tokenizer = _load_tokenizer(config.model.path)
+    problems = load_problems(config.data.train)
+    benchmarks = {b.name: load_problems([b.path]) for b in config.evaluation.benchmarks}
+    context = config_rules.max_context(config, model)
+    prompts = PromptBuilder(tokenizer, config.data, config.privileged, context)
+    sampler = ProblemSampler(problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
+    grader = GradingPool(config.grading.workers, config.grading.timeout_seconds, config.grading.function)
+
+    start_process_group(config.parallel.timeout_seconds)
+    engine, trainer = _build_engine_and_trainer(config, context)
+    run = Run(
+        config=config, trainer=trainer, engine=engine, tokenizer=tokenizer, prompts=prompts, sampler=sampler, grader=grader,
+        gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max), benchmarks=benchmarks,
+        sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
+                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=_stop_tokens(tokenizer, config.model.path)),
+        probe=SyncProbe(
+            prompts.student_prompt(problems[0]), score=trainer.score, copies=world, max_context=context, temperature=config.rollout.temperature,
+            limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype]),
+        progress=Progress(), resumed=False, is_main=dist.get_rank() == 0)
+    run = _restore(run)
+    _write_config(run)
+    run.sync()
+    return run
+
+
+def _build_engine_and_trainer(config: RunConfig, context: int) -> tuple[Engine, Trainer]:
+    engine: Engine | None = None
+    if config.rollout.engine == "vllm":
+        from megatron_antisd.rollout.vllm_engine import VllmEngine
+
+        engine = VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=context)
+    from megatron_antisd.compat import megatron_cpu
+
+    megatron_cpu.install()
+    from megatron_antisd.models.build import describe
+    from megatron_antisd.parallel.layout import build_layout
+    from megatron_antisd.parallel.trainer import Trainer
+
+    layout = build_layout(config.parallel, config.run.seed)
+    trainer = Trainer(config, layout, describe(config.model.path, layout.tensor_size))
+    if engine is None:
+        from megatron_antisd.rollout.megatron_engine import MegatronEngine
+
+        engine = MegatronEngine(trainer, max_context=context, max_sequences=config.rollout.max_sequences)
+    return engine, trainer
+
+
+def _restore(run: Run) -> Run:
+    """Continue this run's newest checkpoint, or start from another run's (`checkpoint.continual_from`)."""
+    import dataclasses
+
+    from megatron_antisd.checkpoint import latest_checkpoint, load_checkpoint
+
+    settings = run.config.checkpoint
+    newest = latest_checkpoint(run.config.directory / "checkpoints") if settings.resume else None
+    if newest is not None:
+        state = load_checkpoint(newest, run.trainer)
+        if state["method"] != run.config.algorithm.method:
+            raise ConfigError(f"checkpoint.resume: {newest} was written with algorithm.method={state['method']}, this run has "
+                              f"{run.config.algorithm.method}; use another run.name, with checkpoint.continual_from={run.config.directory} "
+                              "to start from its policy")
+        run.gate.load_state_dict(state["gate"])
+        run.sampler.load_state_dict(state["sampler"])
+        _say(run, f"resumed from {newest}")
+        return dataclasses.replace(run, progress=Progress(**state["progress"]), resumed=True)
+    if settings.continual_from is not None:
+        given = Path(settings.continual_from)
+        source = given if (given / "state.json").is_file() else latest_checkpoint(given / "checkpoints")
+        if source is None:
+            raise ConfigError(f"checkpoint.continual_from: no checkpoint in {given}; expected a run directory with checkpoints/ or one of them")
+        state = load_checkpoint(source, run.trainer, restore_rng=False)
+        run.sampler.load_state_dict(state["sampler"])
+        _say(run, f"continuing from {source}: weights, optimizer and data position kept, the gate is calibrated anew")
+        return dataclasses.replace(run, progress=Progress(policy_version=state["progress"]["policy_version"]))
+    return run
+
+
+def _write_config(run: Run) -> None:
+    """Keep the full resolved configuration beside the run's results; say what a resume changes."""
+    if not run.is_main:
+        return
+    path = run.config.directory / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if run.resumed and path.is_file():
+        before, now = yaml.safe_load(path.read_text()), run.config.model_dump(mode="json")
+        changed = [f"{s}.{k}: {before[s].get(k)!r} -> {v!r}" for s in now for k, v in now[s].items() if before.get(s, {}).get(k) != v]
+        if changed:
+            _say(run, "the configuration changed since the checkpoint: " + "; ".join(changed))
+    path.write_text(dump_config(run.config))
+
+
+def _say(run: Run, text: str) -> None:
+    if run.is_main:
+        _log.info(text)
+
+
+def _model_config(config: RunConfig) -> dict[str, Any]:
+    path = Path(config.model.path) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"model.path: no config.json in {config.model.path}; expected a Hugging Face checkpoint directory")
+    return json.loads(path.read_text())
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[int, ...]:
+    """The tokenizer's end token and those of generation_config.json (Qwen3 has two)."""
+    found = {tokenizer.eos_token_id}
+    generation = Path(path) / "generation_config.json"
+    if generation.is_file():
+        ids = json.loads(generation.read_text()).get("eos_token_id")
+        found |= set(ids if isinstance(ids, list) else [ids])
+    stop = tuple(sorted(i for i in found if i is not None))
+    if not stop:
+        raise ConfigError(f"model.path: neither the tokenizer nor generation_config.json in {path} names an end token; set eos_token")
+    return stop
+
+
+def _environment(name: str, default: str) -> str:
+    import os
+
+    return os.environ.get(name, default)
+
+
+def set_up_logging() -> None:
+    """One plain line a message, from rank 0 at INFO, from others only warnings; no noise from libraries."""
+    quiet_libraries()
+    main = _environment("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron_antisd").setLevel(logging.INFO if main else logging.WARNING)
+    torch.set_num_threads(int(_environment("OMP_NUM_THREADS", "1")))

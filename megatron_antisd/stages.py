@@ -1,0 +1,150 @@
+"""The stages of one training step, each one call of the loop in `train.py`. Everything here is collective."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_antisd import batch as batching
+from megatron_antisd.algorithm import GateDecision
+from megatron_antisd.grading.groups import GradedGroups, grade_groups
+from megatron_antisd.records import PrivilegedView, RolloutGroup, StepStats, TokenScores, TrainingBatch
+from megatron_antisd.rollout.groups import generate_groups
+from megatron_antisd.rollout.probe import ProbeResult
+from megatron_antisd.rollout.replay import load_rollouts, save_rollouts
+from megatron_antisd.run import Run
+from megatron_antisd.token_u import token_u_rows
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and where the last checkpoint is."""
+
+
+def generate(run: Run, step: int) -> list[RolloutGroup]:
+    """G rollouts of the next problems, or an earlier run's graded ones (`debug.load_rollouts`; the sampler moves on all the same)."""
+    problems = run.sampler.next()
+    if run.config.debug.load_rollouts is not None:
+        return load_rollouts(run.config.debug.load_rollouts, step)
+    return generate_groups(
+        run.engine, problems, [run.prompts.student_prompt(p) for p in problems], sampling=run.sampling,
+        group_size=run.config.rollout.group_size, seed=run.config.run.seed, step=step, decode=run.decode)
+
+
+def grade(run: Run, groups: Sequence[RolloutGroup], step: int) -> GradedGroups:
+    """Rewards and feedback; replayed rollouts keep theirs."""
+    if run.config.debug.load_rollouts is not None:
+        return GradedGroups(groups=tuple(groups), timeouts=0, crashes=0)
+    graded = grade_groups(groups, run.grader, run.config.privileged)
+    if run.config.debug.save_rollouts is not None and run.is_main:
+        save_rollouts(run.config.debug.save_rollouts, step, graded.groups)
+    return graded
+
+
+def score_teacher(run: Run, groups: Sequence[RolloutGroup], step: int) -> batching.TeacherScores:
+    """The same weights on the privileged prompt: log-probs and exact entropies, no gradient."""
+    lengths = [len(r.response_ids) for group in groups for r in group.rollouts]
+    if not run.config.needs_teacher:
+        return batching.no_teacher(lengths)
+    views: list[PrivilegedView] = [v for group in groups for v in run.prompts.privileged_views(group, seed=run.config.run.seed, step=step)]
+    scored = [v.view for v in views if v.view is not None]
+    return batching.lay_out_teacher(lengths, views, run.trainer.score(scored) if scored else None)
+
+
+def score_student(run: Run, groups: Sequence[RolloutGroup]) -> TokenScores | None:
+    """On-policy, the training forward itself gives the student's log-probs; a pass of its own is paid only for several updates
+    a batch, and where the gate needs the student's entropy."""
+    settings = run.config.algorithm
+    needed = settings.updates_per_batch > 1 or (_gated(run) and (run.config.gate.mode == "student" or settings.method == "no_teacher"))
+    return run.trainer.score(batching.student_views(groups)) if needed else None
+
+
+def decide_gate(run: Run, teacher: batching.TeacherScores, student: TokenScores | None) -> GateDecision | None:
+    """The gate on the batch's exact median entropy: the teacher's, or the student's where that is the mode or there is no teacher."""
+    if not _gated(run):
+        return None
+    by_student = student is not None and (run.config.gate.mode == "student" or not run.config.needs_teacher)
+    return run.gate.update(batching.lower_median(student.entropy if by_student else teacher.entropy))
+
+
+def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores, student: TokenScores | None,
+           lambda_: float, step: int) -> tuple[list[TrainingBatch], list[StepStats]]:
+    """The policy updates of this batch (one, on-policy)."""
+    settings = run.config.algorithm
+    old = student if settings.updates_per_batch > 1 else None
+    batches = batching.make_batches(groups, teacher, old, lambda_, settings)
+    stats = [run.trainer.step(part, learning_rate(run, step)) for part in batches]
+    run.progress.step = step
+    run.progress.policy_version += sum(not s.skipped for s in stats)
+    for one in stats:
+        run.progress.skipped += one.skipped
+        run.progress.skipped_in_a_row = run.progress.skipped_in_a_row + 1 if one.skipped else 0
+    return batches, stats
+
+
+def sync(run: Run, stats: Sequence[StepStats]) -> ProbeResult | None:
+    """The engine gets the new policy and proves that it holds it; nothing to do when no update was applied."""
+    return run.sync() if any(not s.skipped for s in stats) else None
+
+
+def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gate: GateDecision | None, lambda_: float,
+            batches: Sequence[TrainingBatch], stats: Sequence[StepStats], probe: ProbeResult | None) -> dict[str, Any]:
+    """The step's row of metrics.jsonl, times aside."""
+    return {
+        **batching.rollout_figures(graded.groups),
+        **batching.u_figures(teacher, student_log_prob(run, stats)),
+        **batching.update_figures(stats, [b.tokens for b in batches]),
+        "teacher_entropy_median": batching.lower_median(teacher.entropy),
+        "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
+        "gate_marginal": gate and gate.marginal,
+        "lambda": lambda_, "shadow_lambda": gate.lambda_ if gate is not None and run.config.algorithm.shadow else None,
+        "teacher_masked_rollouts": teacher.missing, "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
+        "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,
+        "probe_mean": probe and probe.mean, "probe_max": probe and probe.max,
+    }
+
+
+def student_log_prob(run: Run, stats: Sequence[StepStats]) -> torch.Tensor | None:
+    """[T] of the whole batch, from the training forwards; None where a part of the batch was left out."""
+    return torch.cat([s.student.log_prob for s in stats]) if len(stats) == run.config.algorithm.updates_per_batch else None
+
+
+def token_u(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores, stats: Sequence[StepStats]) -> list[dict[str, Any]]:
+    """Mean u by kind of token; empty without a teacher."""
+    log_prob = student_log_prob(run, stats)
+    if log_prob is None or not teacher.mask.any():
+        return []
+    return token_u_rows(groups, run.tokenizer, teacher.log_prob - log_prob, teacher.mask, run.config.logging.token_kinds)
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Linear warm-up, then constant."""
+    settings = run.config.optimizer
+    return settings.lr * min(1.0, step / settings.warmup_steps) if settings.warmup_steps else settings.lr
+
+
+def stop_if_broken(run: Run, stats: Sequence[StepStats]) -> None:
+    """Warn of skipped updates. Raises TrainingStopped after `optimizer.max_skipped_in_a_row` of them."""
+    progress, limit = run.progress, run.config.optimizer.max_skipped_in_a_row
+    if any(s.skipped for s in stats):
+        _log.warning("step %d: loss or gradient was not finite, the update was skipped (%d in a row)", progress.step, progress.skipped_in_a_row)
+    if progress.skipped_in_a_row >= limit:
+        raise TrainingStopped(f"{limit} updates in a row had a non-finite loss or gradient (optimizer.max_skipped_in_a_row); the weights are "
+                              f"those of update {progress.policy_version}, checkpoints are in {run.config.directory / 'checkpoints'}")
+
+
+def save(run: Run) -> None:
+    """A checkpoint, every `checkpoint.every` steps and at the last."""
+    from megatron_antisd.checkpoint import save_checkpoint
+
+    settings, step = run.config.checkpoint, run.progress.step
+    if settings.every and (step % settings.every == 0 or step == run.config.run.steps):
+        save_checkpoint(run.config.directory / "checkpoints", step, run.trainer, run.state_dict(), settings.keep)
+
+
+def _gated(run: Run) -> bool:
+    return run.config.algorithm.method != "grpo" or run.config.algorithm.shadow

@@ -1,0 +1,70 @@
+"""Anti-Self-Distillation, Algorithm 1 of arXiv 2605.11609, as a loop.
+
+    torchrun --nproc-per-node N -m megatron_antisd.train CONFIG.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_antisd import stages
+from megatron_antisd.config import ConfigError, load_config
+from megatron_antisd.evaluate import evaluate, is_due
+from megatron_antisd.metrics import MetricsWriter, StageTimer
+from megatron_antisd.run import Run, build_run, set_up_logging
+
+
+def train(run: Run, metrics: MetricsWriter) -> None:
+    """Steps `run.progress.step + 1` to `config.run.steps`."""
+    if not run.resumed:
+        evaluate(run, metrics, step=0)
+    for step in range(run.progress.step + 1, run.config.run.steps + 1):
+        timer = StageTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        with timer("generate"):  # y_1 .. y_G ~ pi_S(. | x)
+            groups = stages.generate(run, step)
+        with timer("grade"):  # R_i and the feedback on it
+            graded = stages.grade(run, groups, step)
+        with timer("teacher"):  # t_t = log pi_T(y_t | x, c, y_<t) and exact entropies
+            teacher = stages.score_teacher(run, graded.groups, step)
+            student = stages.score_student(run, graded.groups)
+        gate = stages.decide_gate(run, teacher, student)  # lambda = g * lambda_max
+        lambda_ = gate.lambda_ if gate is not None and not run.config.algorithm.shadow else 0.0
+        with timer("step"):  # A_i,t = A_seq_i - lambda phi(u_i,t), clipped policy gradient
+            batches, stats = stages.update(run, graded.groups, teacher, student, lambda_, step)
+        with timer("sync"):  # the new policy into the engine
+            probe = stages.sync(run, stats)
+        row, seconds = stages.figures(run, graded, teacher, gate, lambda_, batches, stats, probe), timer.seconds()
+        metrics.log(step, {**row, "tokens_per_second": row["tokens"] / seconds["seconds_total"], **seconds})
+        stages.stop_if_broken(run, stats)
+        if is_due(run, step):
+            evaluate(run, metrics, step)
+            metrics.log_token_u(step, stages.token_u(run, graded.groups, teacher, stats))
+        stages.save(run)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments:
+        sys.exit("usage: torchrun --nproc-per-node N -m megatron_antisd.train CONFIG.yaml [key=value ...]")
+    set_up_logging()
+    try:
+        run = build_run(load_config(arguments[0], arguments[1:]))
+    except ConfigError as error:
+        sys.exit(f"configuration error: {error}")
+    config = run.config
+    first = run.progress.step + 1 if run.resumed else None
+    with MetricsWriter(config.directory, config=config.logging, total_steps=config.run.steps, resume_step=first,
+                       run_name=config.run.name, is_writer=run.is_main) as metrics:
+        train(run, metrics)
+    if config.checkpoint.save_hf:
+        run.save_huggingface(config.directory / "hf")
+    run.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
