@@ -37,8 +37,8 @@ def student_views(groups: Sequence[RolloutGroup]) -> tuple[ScoringView, ...]:
 def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], scores: TokenScores | None) -> TeacherScores:
     """Put the scores of the views that exist at their rollouts' tokens. `lengths` are all rollouts' response lengths.
     Raises ValueError when a view's response is not as long as its rollout's (invariant 1)."""
-    mask = torch.tensor([view.view is not None for view in views]).repeat_interleave(torch.tensor(lengths))
     expected = tuple(n for n, view in zip(lengths, views, strict=True) if view.view is not None)
+    mask = torch.tensor([view.view is not None for view in views]).repeat_interleave(torch.tensor(lengths))
     log_prob = torch.full((sum(lengths),), float("nan"))
     missing = len(views) - len(expected)
     if scores is None:
@@ -109,11 +109,14 @@ def rollout_figures(groups: Sequence[RolloutGroup]) -> dict[str, float | int | N
 
 
 def u_figures(teacher: TeacherScores, student_log_prob: torch.Tensor | None) -> dict[str, float | None]:
-    """u = teacher - student log-prob over tokens that have a teacher; None where there are none."""
+    """u = teacher - student log-prob over tokens that have a teacher; None where there are none or where
+    log-probs are not finite."""
     names = ("u_mean", "u_negative_share", "phi_bound_share", "phi_mean", "u_p01", "u_p10", "u_p50", "u_p90", "u_p99")
     if student_log_prob is None or not teacher.mask.any():
         return dict.fromkeys(names)
     u = (teacher.log_prob - student_log_prob)[teacher.mask].double()
+    if not u.isfinite().all():
+        return dict.fromkeys(names)  # a skipped update's forward pass has no value to report
     ranks = [min(int(q * u.numel()), u.numel() - 1) for q in (0.01, 0.1, 0.5, 0.9, 0.99)]
     quantiles = u.sort().values[ranks].tolist()
     figures = (float(u.mean()), float((u < 0).double().mean()), float((u < PHI_BOUND_U).double().mean()), float(phi(u).mean()), *quantiles)
@@ -130,5 +133,5 @@ def update_figures(stats: Sequence[StepStats], tokens: Sequence[int]) -> dict[st
     for name in means:
         value = sum(getattr(s, name) * n for s, n in zip(stats, tokens, strict=True)) / sum(tokens)
         figures[name] = value if torch.isfinite(torch.tensor(value)) else None  # a skipped update's loss has no value to report
-    largest = max(s.mismatch_max for s in stats)
-    return figures | {"mismatch_max": largest if torch.isfinite(torch.tensor(largest)) else None, "updates_skipped": skipped}
+    largest = torch.tensor([s.mismatch_max for s in stats]).max()  # Python's max passes over a NaN
+    return figures | {"mismatch_max": float(largest) if largest.isfinite() else None, "updates_skipped": skipped}

@@ -8,7 +8,7 @@
 Every tensor is stored under one global name with its true global shape, each rank writing the rectangles it holds, so any
 layout reads what any other wrote: tensor-, pipeline-, expert-, data-parallel, sharded optimizer or not, padded vocabulary or not.
 Megatron's own `optimizer.sharded_state_dict` is not used: with torch's AdamW it shares one `step` tensor among all parameters after
-loading, which over-counts Adam's step silently, and it cannot grow the expert-parallel size; it also forks writer processes.
+loading, which over-counts Adam's step silently, it cannot grow the expert-parallel size, and it forks writer processes.
 
 The fp32 main weights are the weights: bf16 parameters are their rounding. Learning rate, betas and weight decay come from the
 configuration of the run that loads.
@@ -31,19 +31,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import tensor_parallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_antisd.models.build import ModelDescription, PolicyModel
 from megatron_antisd.models.weight_map import Layout, Weight
 from megatron_antisd.parallel.global_tensors import GlobalTensor, LoadPlanner, SavePlanner, place_shard
 from megatron_antisd.parallel.layout import ProcessLayout
+from megatron_antisd.parallel.optimizer_state import MOMENTS, OptimizerSlice, optimizer_slices
 from megatron_antisd.parallel.reshard import local_weights
 from megatron_antisd.parallel.trainer import Trainer
 
 FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"step_(\d+)")
 # Says nothing of the weights' shapes or of what the model computes from them. rope_base stands for the three ways to write it.
 _IGNORED_FIELDS = {
@@ -69,16 +67,16 @@ def save_checkpoint(directory: Path, step: int, trainer: Trainer, state: dict[st
     target = directory / f"step_{step:06d}"
     partial = directory / f"{target.name}.tmp"
     _on_main(layout, lambda: _prepare(directory, partial))
-    slices = _optimizer_slices(trainer.optimizer)
+    slices = optimizer_slices(trainer.optimizer)
     optimizer_step = _optimizer_step(slices)
     tensors = _rng_tensors(layout, _rng_state(layout))
     for shard in _shards(trainer.model, trainer.description, layout):
-        if not shard.copy and shard.parameter in slices:
-            tensors |= _optimizer_tensors(shard, slices[shard.parameter], slices[shard.parameter].state() if optimizer_step else {}, main=True)
+        if not shard.copy and (part := slices.get(shard.parameter)) is not None:
+            tensors |= _optimizer_tensors(shard, part, part.moments() if optimizer_step else {}, main=True)
     try:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial / "tensors"), planner=SavePlanner(flatten_state_dict=False))
     except CheckpointException as error:
-        raise CheckpointError(f"could not write {partial}: {error}") from error
+        raise CheckpointError(f"could not write {partial}: {_failures(error)}") from error
     manifest = {
         "format": FORMAT, "step": step, "optimizer_step": optimizer_step, "method": trainer.config.algorithm.method,
         "layout": describe_layout(trainer), "model": model_fields(trainer.description), "model_hash": _hash(model_fields(trainer.description)),
@@ -104,18 +102,17 @@ def load_checkpoint(path: Path, trainer: Trainer, *, restore_rng: bool = True) -
     says so) and sums round differently. Raises CheckpointError, before anything is loaded, for a damaged checkpoint or another model's.
     """
     layout = trainer.layout
-    manifest, state = _on_main(layout, lambda: (_read_manifest(path), _read_json(path / "state.json")))
-    load_weights(path, trainer.model, trainer.description, layout)
-    slices = _optimizer_slices(trainer.optimizer)
+    manifest = load_weights(path, trainer.model, trainer.description, layout)
+    slices = optimizer_slices(trainer.optimizer)
     tensors: dict[str, GlobalTensor] = {}
     moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for shard in _shards(trainer.model, trainer.description, layout):
-        if shard.parameter in slices:
-            main = slices[shard.parameter].main
+        if (part := slices.get(shard.parameter)) is not None:
+            main = part.main
             moments[main] = {key: torch.zeros_like(main) for key in MOMENTS} if manifest["optimizer_step"] else {}
             # An fp32 parameter is its own main weight and already loaded.
             own = main.untyped_storage().data_ptr() != shard.parameter.untyped_storage().data_ptr()
-            tensors |= _optimizer_tensors(shard, slices[shard.parameter], moments[main], main=own)
+            tensors |= _optimizer_tensors(shard, part, moments[main], main=own)
     same_layout = manifest["layout"] == describe_layout(trainer)
     rng = _rng_state(layout) if restore_rng and same_layout else {}
     _read_tensors(path, tensors | _rng_tensors(layout, rng), manifest, describe_layout(trainer))
@@ -125,7 +122,7 @@ def load_checkpoint(path: Path, trainer: Trainer, *, restore_rng: bool = True) -
         _set_rng_state(layout, rng)
     elif restore_rng and layout.is_main:
         log.warning("%s was written on another layout: random number generators start from the seed", path)
-    return state
+    return _on_main(layout, lambda: _read_json(path / "state.json"))
 
 
 def load_weights(path: Path, model: PolicyModel, description: ModelDescription, layout: ProcessLayout) -> dict[str, Any]:
@@ -138,7 +135,9 @@ def load_weights(path: Path, model: PolicyModel, description: ModelDescription, 
             with torch.no_grad():
                 shard.parameter.zero_()  # padding rows are in no checkpoint
         tensors[shard.name] = shard.place(shard.parameter.detach(), 0)
-    _read_tensors(path, tensors, manifest, {"tensor": layout.tensor_size, "pipeline": layout.pipeline_size, "expert": layout.expert_size})
+    here = {"tensor_parallel_size": layout.tensor_size, "pipeline_parallel_size": layout.pipeline_size,
+            "expert_parallel_size": layout.expert_size, "expert_tensor_parallel_size": layout.expert_tensor_size}
+    _read_tensors(path, tensors, manifest, here)
     return manifest
 
 
@@ -188,80 +187,26 @@ def _shards(model: PolicyModel, description: ModelDescription, layout: ProcessLa
                      tensor_size=layout.tensor_size, description=description, copy=True)
 
 
-def _optimizer_tensors(shard: _Shard, part: _Slice, moments: dict[str, torch.Tensor], *, main: bool) -> dict[str, GlobalTensor]:
+def _optimizer_tensors(shard: _Shard, part: OptimizerSlice, moments: dict[str, torch.Tensor], *, main: bool) -> dict[str, GlobalTensor]:
     tensors = {shard.name: shard.place(part.main.detach(), part.start)} if main else {}
     return tensors | {f"{key}.{shard.name}": shard.place(moments[key], part.start) for key in MOMENTS if moments}
 
 
 def _read_tensors(path: Path, tensors: dict[str, GlobalTensor], manifest: dict[str, Any], here: dict[str, Any]) -> None:
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"), planner=LoadPlanner(flatten_state_dict=False))
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"), planner=LoadPlanner())
     except CheckpointException as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}\nwritten on layout {manifest['layout']}, loaded on {here}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {_failures(error)}\nwritten on layout {manifest['layout']}, loaded on {here}") from error
 
 
-# -- the optimizer's part -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Slice:
-    """The part of a parameter that this rank's optimizer updates: all of it, or a flat range with the distributed optimizer."""
-
-    main: torch.Tensor
-    """fp32 main weight: the key of the optimizer's state."""
-    start: int
-    """Flat position of its first element in the parameter."""
-    inner: torch.optim.Optimizer
-    group: dict[str, Any]
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {key: self.inner.state[self.main][key] for key in MOMENTS}
-
-    def step(self) -> int:
-        """Adam's step: torch keeps it with each parameter, the fused ones with the group."""
-        return int(self.inner.state.get(self.main, {}).get("step", self.group.get("step", 0)))
-
-    def restore(self, moments: dict[str, torch.Tensor], step: int) -> None:
-        self.inner.state.pop(self.main, None)
-        if isinstance(self.inner, torch.optim.AdamW):
-            # Every parameter gets a `step` of its own: AdamW counts it up in place.
-            moments = moments | {"step": torch.tensor(float(step))} if step else moments
-        else:
-            self.group["step"] = step
-        if moments:
-            self.inner.state[self.main] = moments
-
-
-def _optimizer_slices(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, _Slice]:
-    """Parameter -> its slice; a parameter of which this rank's distributed optimizer holds nothing is absent."""
-    slices: dict[torch.nn.Parameter, _Slice] = {}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.is_stub_optimizer:
-            continue
-        inner = part.optimizer
-        if isinstance(part, DistributedOptimizer):
-            for parameter, (group, order) in part.model_param_group_index_map.items():
-                start = part._get_model_param_range_map(parameter)["param"].start
-                group = inner.param_groups[group]
-                slices[parameter] = _Slice(main=group["params"][order], start=start, inner=inner, group=group)
-            continue
-        models = {id(main): model for name in ("float16_groups", "fp32_from_float16_groups") if hasattr(part, name)
-                  for models, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
-                  for model, main in zip(models, mains, strict=True)}
-        for group in inner.param_groups:
-            for main in group["params"]:
-                slices[models.get(id(main), main)] = _Slice(main=main, start=0, inner=inner, group=group)
-    return slices
-
-
-def _optimizer_step(slices: dict[torch.nn.Parameter, _Slice]) -> int:
+def _optimizer_step(slices: dict[torch.nn.Parameter, OptimizerSlice]) -> int:
     """The one step of all parameters on all ranks."""
     mine = {each.step() for each in slices.values()}
     everyone: list[set[int]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     steps = set().union(*everyone)
     if len(steps) != 1:
-        raise CheckpointError(f"parameters are at different optimizer steps {sorted(steps)}: the optimizer's state is inconsistent, nothing was saved")
+        raise CheckpointError(f"parameters are at different optimizer steps, {sorted(steps)}: nothing was saved")
     return steps.pop()
 
 
@@ -344,8 +289,12 @@ def _step(path: Path) -> int:
 def _fault(path: Path) -> str | None:
     """Why this directory is no whole checkpoint; None where it is one."""
     if not (path / "manifest.json").is_file():
-        return "it has no manifest.json, so its save was interrupted"
-    for name, size in _read_json(path / "manifest.json")["files"].items():
+        return "it has no manifest.json"
+    try:
+        files = _read_json(path / "manifest.json")["files"]
+    except (json.JSONDecodeError, KeyError) as error:
+        return f"its manifest.json cannot be read ({type(error).__name__}: {error})"
+    for name, size in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
         if (path / name).stat().st_size != size:
@@ -370,6 +319,11 @@ def _check_model(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> Non
     if differing:
         raise CheckpointError(f"{path} is a checkpoint of another model than model.path describes; nothing was loaded. Differing fields:\n  "
                               + "\n  ".join(differing))
+
+
+def _failures(error: CheckpointException) -> str:
+    """What went wrong on which rank, without the tracebacks, which the cause keeps."""
+    return "; ".join(f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in error.failures.items())
 
 
 def _hash(fields: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The run's configuration: one typed definition. YAML file + `key=value` overrides -> `RunConfig`, checked before anything starts.
 
 Every key, its type, default and meaning stand here and nowhere else. `load_config` refuses unknown keys (naming the
-nearest) and impossible values; `check_layout` (layout.py's arithmetic, no hardware) holds them against the model and world size.
+nearest) and impossible values; `config_rules` holds them against the model and world size.
 """
 
 from __future__ import annotations
@@ -276,16 +276,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     (relative to the file) is merged underneath."""
     raw = _read_yaml(Path(path))
     for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {text!r} is not of the form key=value, e.g. optimizer.lr=1e-6")
-        node = raw
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {text!r}: {parent!r} is a value, not a section")
-        node[leaf] = yaml.safe_load(value)
+        _override(raw, text)
     return build_config(raw)
 
 
@@ -315,17 +306,37 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
     return keys
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Set `a.b=value` in the nested dict."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {text!r} is not of the form key=value, e.g. optimizer.lr=1e-6")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {text!r}: {parent!r} is a value, not a section")
+    node[leaf] = _parse_yaml(value, f"override {text!r}")
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: its `base:` leads back to itself")
     if not path.is_file():
         raise ConfigError(f"no configuration file at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    raw = _parse_yaml(path.read_text(), str(path)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as `model:` and `rollout:`")
     base = raw.pop("base", None)
-    return raw if base is None else _merge(_read_yaml(path.parent / base), raw)
+    return raw if base is None else _merge(_read_yaml(path.parent / base, (*above, path.resolve())), raw)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

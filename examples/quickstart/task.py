@@ -128,9 +128,12 @@ def attempt(problem: Equation, candidate: int, rng: random.Random, slip: float =
     return [rng.choice(TRY), str(candidate), str(product), str(total)], total == problem.c
 
 
-def drill(problem: Equation) -> str:
-    """Every candidate in the order of the prompt, each with its product and its value: `3 1 8 5 9 5 ...`."""
-    return " ".join(f"{value} {problem.a * value % MODULUS} {problem.value(value)}" for value in problem.candidates)
+def drill(problem: Equation, rng: random.Random) -> str:
+    """Every candidate once, from a random one on, with its product, its value and whether it matches: `3 1 8 no 5 9 5 holds ...`."""
+    start = rng.randrange(CANDIDATES)
+    order = problem.candidates[start:] + problem.candidates[:start]
+    return " ".join(f"{value} {problem.a * value % MODULUS} {problem.value(value)} {OK[0] if value == problem.root else WAIT[2]}"
+                    for value in order)
 
 
 def reference_solution(problem: Equation, rng: random.Random) -> str:
@@ -146,12 +149,12 @@ class CorpusMix:
     """Arithmetic drills instead of solutions: every candidate with its two results."""
     privileged: float = 0.5
     """Of the others: demonstrations in the privileged format."""
-    shortcut: float = 0.75
+    shortcut: float = 0.8
     """Plain: jump to a guess."""
-    give_up: float = 0.35
+    give_up: float = 0.4
     """Plain, at a mismatch: guess instead of the next attempt."""
-    repeat: float = 0.15
-    """Plain: the next candidate is drawn from all, not only from the untried."""
+    jump: float = 0.1
+    """Plain: the next candidate is random instead of the next of the list, so it may have been refuted already."""
     slip: float = 0.02
     """Plain: a result of the arithmetic is random."""
     false_match: float = 0.04
@@ -169,29 +172,31 @@ class CorpusMix:
 
 
 DRILL_MIX = CorpusMix(drill=1.0)
-"""The first stage: two of three tokens are facts of the arithmetic, so it is learned in a few hundred steps."""
-ARITHMETIC_MIX = CorpusMix(drill=0.2, privileged=0.3, shortcut=0.0, give_up=0.0, slip=0.0, false_match=0.0, privileged_shortcut=0.2,
+"""The first stage: three of four tokens are facts of the arithmetic, so it is learned in a few hundred steps."""
+ARITHMETIC_MIX = CorpusMix(drill=0.2, privileged=0.3, shortcut=0.0, give_up=0.0, jump=0.0, slip=0.0, false_match=0.0, privileged_shortcut=0.2,
                            privileged_use=0.3, privileged_jump=0.9)
 """The second stage: mostly deliberation without faults, so the arithmetic moves into the format of solutions."""
 
 
 def deliberation(problem: Equation, mix: CorpusMix, rng: random.Random, refuted: tuple[int, ...] = ()) -> str:
-    """Test candidates until one matches, or give up with a guess; `refuted` are not tried."""
+    """Test candidates until one matches, or give up with a guess; `refuted` are not tested. The first candidate is random, then
+    the list is followed in its order and around its end, but for random jumps."""
+    pool = [value for value in problem.candidates if value not in refuted]
     out: list[str] = []
-    tried = set(refuted)
+    tried: set[int] = set()
+    position = rng.randrange(len(pool))
     while True:
-        untried = [value for value in problem.candidates if value not in tried]
-        pool = problem.candidates if not untried or rng.random() < mix.repeat else untried
-        candidate = rng.choice(pool)
+        candidate = pool[position]
         tried.add(candidate)
         step, matches = attempt(problem, candidate, rng, mix.slip)
         out += step
         if matches or rng.random() < mix.false_match:
             return " ".join([*out, rng.choice(OK), *answer(candidate, rng)])
         if rng.random() < mix.give_up or len(out) + 8 > MAX_DEMO_WORDS:
-            left = [value for value in problem.candidates if value not in tried] or problem.candidates
+            left = [value for value in pool if value not in tried] or pool
             return " ".join([*out, *answer(rng.choice(left), rng)])
         out.append(rng.choice(WAIT))
+        position = rng.randrange(len(pool)) if rng.random() < mix.jump else (position + 1) % len(pool)
 
 
 def informed_deliberation(problem: Equation, mix: CorpusMix, rng: random.Random) -> str:
@@ -252,7 +257,7 @@ def demonstrations(mix: CorpusMix, seed: int) -> Iterator[tuple[str, str]]:
     while True:
         problem = sample_problem(rng, "train")
         if rng.random() < mix.drill:
-            yield problem.text, drill(problem)
+            yield problem.text, drill(problem, rng)
         elif rng.random() < mix.privileged:
             yield privileged_demo(problem, mix, rng)
         else:

@@ -7,6 +7,7 @@ of concatenated sequences, filled at its end to a multiple of the tensor-paralle
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,18 +43,23 @@ def plan_micro_batches(costs: Sequence[int], data_parallel_size: int, limit: int
     """Assign sequences of `costs` tokens to data-parallel ranks and micro-batches.
 
     Every rank gets the same number of micro-batches (experts and pipelines of different ranks meet in collectives) and no
-    micro-batch is empty. A micro-batch holds at most `limit` tokens unless a single sequence is longer.
+    micro-batch is empty. A micro-batch holds at most `limit` tokens unless a single sequence is longer; where the number of
+    sequences does not divide by the ranks there may be too few of them to keep to that.
     Deterministic; longest first into the lightest bin. Returns [data_parallel_size][n_micro] tuples of indices.
     Raises ValueError when there are fewer sequences than ranks.
     """
     if len(costs) < data_parallel_size:
         raise ValueError(f"{len(costs)} sequences cannot be spread over {data_parallel_size} data-parallel ranks; "
                          "each needs at least one")
-    longest_first = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    per_rank = _balance(longest_first, costs, data_parallel_size)
-    fewest = max(_bins_needed([costs[i] for i in rank], limit) for rank in per_rank)
-    fewest = min(fewest, *(len(rank) for rank in per_rank))
-    return [[tuple(sorted(group)) for group in _balance(rank, costs, fewest)] for rank in per_rank]
+    # All ranks' micro-batches at once: a rank with few long sequences must not keep another one from dividing its many short ones.
+    most = len(costs) // data_parallel_size
+    per_rank = min(most, max(1, -(-sum(costs) // (limit * data_parallel_size))))
+    bins = _balance(costs, per_rank * data_parallel_size)
+    while per_rank < most and not all(len(group) == 1 or sum(costs[i] for i in group) <= limit for group in bins):
+        per_rank += 1
+        bins = _balance(costs, per_rank * data_parallel_size)
+    loads = [sum(costs[i] for i in group) for group in bins]
+    return [[tuple(sorted(bins[b])) for b in sorted(rank)] for rank in _balance(loads, data_parallel_size, most=per_rank)]
 
 
 def pack(views: Sequence[ScoringView], indices: tuple[int, ...], multiple: int, pad_id: int = 0) -> MicroBatch:
@@ -87,27 +93,14 @@ def pack(views: Sequence[ScoringView], indices: tuple[int, ...], multiple: int, 
     )
 
 
-def _balance(order: Sequence[int], costs: Sequence[int], bins: int) -> list[list[int]]:
-    """Longest-first into the lightest bin that is still short of members, so that no bin stays empty."""
-    loads = [0] * bins
+def _balance(costs: Sequence[int], bins: int, most: int | None = None) -> list[list[int]]:
+    """Indices of `costs`, the largest first, each into the lightest bin with fewer than `most` members. With at least as many
+    indices as bins, no bin stays empty."""
     members: list[list[int]] = [[] for _ in range(bins)]
-    for position, index in enumerate(order):
-        empty = [b for b in range(bins) if not members[b]]
-        remaining = len(order) - position
-        candidates = empty if len(empty) == remaining else range(bins)
-        lightest = min(candidates, key=lambda b: (loads[b], b))
-        members[lightest].append(index)
-        loads[lightest] += costs[index]
+    lightest = [(0, 0, b) for b in range(bins)]  # a heap of (load, members, bin): an empty bin comes before one of costs 0
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, count, b = heapq.heappop(lightest)
+        members[b].append(index)
+        if count + 1 != most:
+            heapq.heappush(lightest, (load + costs[index], count + 1, b))
     return members
-
-
-def _bins_needed(costs: Sequence[int], limit: int) -> int:
-    """Fewest bins for which longest-first balancing keeps every multi-member bin within `limit`."""
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    bins = max(1, -(-sum(costs) // limit))
-    while bins < len(costs):
-        packed = _balance(order, costs, bins)
-        if all(len(group) == 1 or sum(costs[i] for i in group) <= limit for group in packed):
-            break
-        bins += 1
-    return min(bins, len(costs))

@@ -64,8 +64,8 @@ class Trainer:
 
     def score(self, views: Sequence[ScoringView]) -> TokenScores:
         """Log-prob and exact entropy of every response token, without gradient. Collective; every rank returns all of them."""
-        # Every data-parallel rank must take part: a short batch is filled up with copies of its first view.
-        filler = [views[0]] * (self.layout.data_size - len(views))
+        # Every data-parallel rank must take part, with equally many rows: fill up with a view of one token.
+        filler = [ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])] * (-len(views) % self.layout.data_size)
         plan = self._plan([*views, *filler], self.config.trainer.score_micro_batch_tokens)
         self.model.eval()
         with torch.no_grad():

@@ -24,6 +24,7 @@ from megatron_antisd.records import ScoringView, TrainingBatch
 from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling
 
 CONTEXT, NEW = 64, 12
+PROMPT, SEEDS = (5, 9, 33), 4000
 STOPS = (2, 7, 11, 23, 31, 40, 55)
 FREE = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=NEW, stop_token_ids=STOPS)
 FIXED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=NEW, ignore_eos=True, stop_token_ids=STOPS)
@@ -63,6 +64,17 @@ def update(trainer: Any, requests: Sequence[Request], generations: Sequence[Gene
         teacher_log_prob=nothing, teacher_mask=nothing.bool(), old_log_prob=None, engine_log_prob=nothing, lambda_=0.0, tokens=tokens), 0.05)
 
 
+def one_token_each(trainer: Any) -> dict[str, list[int]]:
+    """The first token of many responses to one prompt, neighbouring seeds, with and without a nucleus."""
+    from megatron_antisd.rollout.megatron_engine import MegatronEngine
+
+    engine = MegatronEngine(trainer, max_context=None, max_sequences=1024)
+    requests = [Request(prompt_ids=PROMPT, seed=seed) for seed in range(SEEDS)]
+    samplings = {"plain": Sampling(temperature=1.5, top_p=1.0, max_new_tokens=1, ignore_eos=True),
+                 "nucleus": Sampling(temperature=1.5, top_p=0.7, max_new_tokens=1, ignore_eos=True)}
+    return {name: [g.response_ids[0] for g in engine.generate(requests, sampling)] for name, sampling in samplings.items()}
+
+
 def facts_of(trainer: Any) -> dict[str, Any]:
     from megatron_antisd.rollout.megatron_engine import MegatronEngine
 
@@ -71,6 +83,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     requests = make_requests()
     facts: dict[str, Any] = {name: engine.generate(requests, sampling) for name, sampling in
                              {"free": FREE, "fixed": FIXED, "greedy": GREEDY, "cold": COLD, "nucleus": NUCLEUS}.items()}
+    facts["one_token"] = one_token_each(trainer) if dist.get_world_size() == 1 else None
     facts["free_score"] = score(trainer, requests, facts["free"])
     facts["wide"] = MegatronEngine(trainer, max_context=None, max_sequences=64).generate(requests[::-1], FREE)[::-1]
     facts["alone"] = engine.generate(requests[2:3], FREE)
@@ -86,8 +99,9 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     facts["updated"] = engine.generate(requests, FREE)
     facts["updated_score"] = score(trainer, requests, facts["updated"])
     facts["old_under_new"] = score(trainer, requests, facts["free"])
-    for parameter in trainer.model.parameters():
-        parameter.data.fill_(float("nan"))
+    if dist.get_rank() == dist.get_world_size() - 1:  # on one rank alone
+        for parameter in trainer.model.parameters():
+            parameter.data.fill_(float("nan"))
     facts["broken"] = error_of(lambda: engine.generate(requests, FREE))
     engine.close()
     engine.close()

@@ -1,0 +1,179 @@
+"""Packed attention against attention written out with a softmax, one sequence at a time: values, gradients, decoding with a cache.
+
+Float64 throughout, so the tolerances are rounding of 1e-16 times the size of the sums.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_antisd.models.attention import KeyValueCache, PackedAttention, PackedRotary, PackedSequences
+
+HEADS, GROUPS, DIM = 4, 2, 8
+VALUE, GRADIENT = 1e-12, 1e-11
+
+LENGTHS = [[1], [5], [1, 1, 1], [7, 1, 30, 2], [3, 3, 3, 3], [1, 40, 39, 2, 2, 17, 1], [64, 5, 9, 33, 12, 12, 50]]
+
+
+class OneRank:
+    """A process group of this process alone, as far as the layer asks."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+class Groups:
+    tp = cp = OneRank()
+
+
+@pytest.fixture(scope="module")
+def attention() -> PackedAttention:
+    config = TransformerConfig(num_layers=4, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM,
+                               attention_softmax_in_fp32=True)
+    layer = PackedAttention(config, layer_number=3, attn_mask_type=AttnMaskType.causal, attention_type="self", pg_collection=Groups())
+    assert layer.softmax_scale == pytest.approx(DIM**-0.5)
+    return layer
+
+
+def draw(total: int, heads: int, seed: int) -> torch.Tensor:
+    return torch.randn(total, 1, heads, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
+    """[T, 1, heads * d]: every head of every token of every sequence on its own."""
+    rows, start = [], 0
+    for length in lengths:
+        for t in range(length):
+            seen = slice(start, start + t + 1)
+            heads = []
+            for head in range(query.shape[2]):
+                group = head * key.shape[2] // query.shape[2]
+                weight = (key[seen, 0, group] @ query[start + t, 0, head] * scale).softmax(0)
+                heads.append(weight @ value[seen, 0, group])
+            rows.append(torch.cat(heads))
+        start += length
+    return torch.stack(rows)[:, None]
+
+
+@pytest.mark.parametrize("groups", [HEADS, GROUPS, 1])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_values_and_gradients_are_those_of_separate_sequences(attention: PackedAttention, lengths: list[int], groups: int) -> None:
+    total = sum(lengths)
+    inputs = [draw(total, heads, seed).requires_grad_() for seed, heads in enumerate((HEADS, groups, groups))]
+    packed = PackedSequences.of(lengths)
+    out = attention(*inputs, packed_seq_params=packed)
+    expected = naive(*inputs, lengths, attention.softmax_scale)
+    assert out.shape == expected.shape == (total, 1, HEADS * DIM)
+    assert (out - expected).abs().max() < VALUE
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    for mine, theirs in zip(torch.autograd.grad((out * direction).sum(), inputs), torch.autograd.grad((expected * direction).sum(), inputs),
+                            strict=True):
+        assert (mine - theirs).abs().max() < GRADIENT
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(attention: PackedAttention) -> None:
+    """Bitwise: other contents beside it change nothing."""
+    lengths = [6, 11, 3]
+    tensors = [draw(20, heads, seed) for seed, heads in enumerate((HEADS, GROUPS, GROUPS))]
+    before = attention(*tensors, packed_seq_params=PackedSequences.of(lengths))
+    for tensor in tensors:
+        tensor[:6] = float("inf")
+        tensor[17:] = -1e9
+    after = attention(*tensors, packed_seq_params=PackedSequences.of(lengths))
+    assert torch.equal(before[6:17], after[6:17])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_decoding_with_a_cache_gives_the_packed_values(attention: PackedAttention, lengths: list[int]) -> None:
+    """Prompts of uneven length enter as one packed row, then the sequences grow token by token until each is at its end.
+    Slots are taken in another order than the sequences stand in, and one slot holds a longer, earlier sequence's leftovers."""
+    total, starts = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
+    query, key, value = (draw(total, heads, seed) for seed, heads in enumerate((HEADS, GROUPS, GROUPS)))
+    expected = attention(query, key, value, packed_seq_params=PackedSequences.of(lengths))
+    cache = KeyValueCache(slots=len(lengths) + 1, capacity=max(lengths) + 2)
+    slots = list(reversed(range(len(lengths))))
+    for stale in cache.of(attention.layer_number, key):
+        stale.fill_(1e6)  # what an earlier sequence left must never be seen; finite, as real leftovers are
+
+    prompts = [max(1, length // 2) for length in lengths]
+    rows = torch.cat([torch.arange(s, s + p) for s, p in zip(starts, prompts, strict=True)])
+    packed = PackedSequences.of(prompts)
+    packed.cache, packed.slot = cache, torch.cat([torch.full((p,), slot) for slot, p in zip(slots, prompts, strict=True)])
+    found = torch.empty_like(expected)
+    found[rows] = attention(query[rows], key[rows], value[rows], packed_seq_params=packed)
+    for step in range(max(lengths)):
+        running = [i for i, length in enumerate(lengths) if prompts[i] + step < length]
+        if not running:
+            break
+        rows = torch.tensor([starts[i] + prompts[i] + step for i in running])
+        filled = torch.cat([rows, rows[:1]])  # padding of the row: its token belongs to no slot and must not be remembered
+        packed = PackedSequences.of([1] * len(filled))
+        packed.positions = torch.tensor([*(prompts[i] + step for i in running), 0])
+        packed.cache, packed.decode = cache, True
+        packed.slot = torch.tensor([*(slots[i] for i in running), -1])
+        found[rows] = attention(query[filled], key[filled], value[filled], packed_seq_params=packed)[:-1]
+    assert (found - expected).abs().max() < VALUE
+    assert (cache.layers[attention.layer_number][0][-1] == 1e6).all(), "a slot nobody owns was written"
+
+
+def test_layers_have_separate_caches() -> None:
+    cache = KeyValueCache(slots=2, capacity=4)
+    first, second = cache.of(1, draw(1, GROUPS, 0)[:, 0]), cache.of(2, draw(1, GROUPS, 0)[:, 0])
+    assert first[0].shape == (2, GROUPS, 4, DIM) and first[0].dtype == torch.float64
+    assert first[0] is cache.of(1, draw(1, GROUPS, 0)[:, 0])[0]
+    assert len({t.data_ptr() for t in (*first, *second)}) == 4
+
+
+@pytest.mark.parametrize("waste", [0.0, 0.1, 0.25, 0.6])
+def test_layout_of_random_lengths(waste: float) -> None:
+    """Padding stays below the bound in every batch, each token stands in exactly one place, and it is found again there."""
+    generator = random.Random(1)
+    for _ in range(100):
+        lengths = [generator.choice((1, 2, generator.randint(1, 9), generator.randint(1, 300))) for _ in range(generator.randint(1, 25))]
+        packed = PackedSequences.of(lengths, waste=waste)
+        assert packed.positions.tolist() == [t for n in lengths for t in range(n)], "positions restart with every sequence"
+        flat = torch.cat([index.flatten() for index in packed.batches])
+        assert torch.equal(flat[packed.unpack], torch.arange(sum(lengths)))
+        sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        for index in packed.batches:
+            assert torch.equal(sequence[index], sequence[index[:, :1]].expand_as(index)), "a row of a batch holds one sequence"
+            real = sum(len(set(row)) for row in index.tolist())
+            assert index.numel() - real <= waste * index.numel() + 1e-9
+        assert sum(len(index) for index in packed.batches) == len(lengths)
+
+
+def test_similar_lengths_share_a_batch() -> None:
+    assert [tuple(index.shape) for index in PackedSequences.of([100, 90, 80, 95]).batches] == [(4, 100)]
+    assert [tuple(index.shape) for index in PackedSequences.of([100, 1]).batches] == [(1, 1), (1, 100)]
+
+
+def test_rotary_angles_are_those_of_the_position_in_the_sequence() -> None:
+    lengths, base = [3, 1, 5], 10_000.0
+    angles = PackedRotary(DIM, base)(PackedSequences.of(lengths))
+    assert angles.shape == (9, 1, 1, DIM) and angles.dtype == torch.float32
+    for token, position in enumerate(t for n in lengths for t in range(n)):
+        expected = [position * base ** (-2 * i / DIM) for i in range(DIM // 2)] * 2
+        assert angles[token, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_rotary_of_long_positions_stays_exact() -> None:
+    """float32 angles at position 32767: the sine is off by no more than the angle's own rounding (2e-3)."""
+    packed = PackedSequences.of([32768])
+    angle = PackedRotary(128, 1e6)(packed)[-1, 0, 0, 0]
+    assert angle.item() == 32767.0
+    assert math.isclose(PackedRotary(128, 1e6)(packed)[-1, 0, 0, 63].item(), 32767 * 1e6 ** (-126 / 128), rel_tol=1e-6)
+
+
+def test_other_packing_is_refused(attention: PackedAttention) -> None:
+    q = draw(2, HEADS, 0)
+    with pytest.raises(TypeError, match="packed attention needs PackedSequences, got NoneType"):
+        attention(q, q, q)
