@@ -133,5 +133,5 @@ def update_figures(stats: Sequence[StepStats], tokens: Sequence[int]) -> dict[st
     for name in means:
         value = sum(getattr(s, name) * n for s, n in zip(stats, tokens, strict=True)) / sum(tokens)
         figures[name] = value if torch.isfinite(torch.tensor(value)) else None  # a skipped update's loss has no value to report
-    largest = torch.tensor([s.mismatch_max for s in stats]).max()  # Python's max passes over a NaN
+    largest = torch.tensor([s.mismatch_max for s in stats], dtype=torch.float64).max()  # Python's max passes over a NaN
     return figures | {"mismatch_max": float(largest) if largest.isfinite() else None, "updates_skipped": skipped}

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_antisd import config_rules
 from megatron_antisd.algorithm import EntropyGate
 from megatron_antisd.compat.quiet import quiet_libraries
-from megatron_antisd.config import ConfigError, RunConfig, dump_config
+from megatron_antisd.config import ConfigError, RunConfig, dump_config, rules
 from megatron_antisd.data import ProblemSampler, PromptBuilder, load_problems
 from megatron_antisd.grading import GradingPool
 from megatron_antisd.records import Problem
@@ -96,11 +95,11 @@ def build_run(config: RunConfig) -> Run:
 
     world = int(_environment("WORLD_SIZE", "1"))
     model = _model_config(config)
-    config_rules.check(config, model, world)
+    rules.check(config, model, world)
     tokenizer = _load_tokenizer(config.model.path)
     problems = load_problems(config.data.train)
     benchmarks = {b.name: load_problems([b.path]) for b in config.evaluation.benchmarks}
-    context = config_rules.max_context(config, model)
+    context = rules.max_context(config, model)
     prompts = PromptBuilder(tokenizer, config.data, config.privileged, context)
     sampler = ProblemSampler(problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
     grader = GradingPool(config.grading.workers, config.grading.timeout_seconds, config.grading.function)

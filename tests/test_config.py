@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from megatron_antisd.config import ConfigError, RunConfig, Section, build_config, dump_config, known_keys, load_config
-from megatron_antisd.config_rules import check, check_files, check_layout, data_parallel_size, max_context
+from megatron_antisd.config.rules import check, check_files, check_layout, data_parallel_size, max_context
 
 MINIMAL = {"model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
 

@@ -27,7 +27,6 @@ MAX_LOOP_LINES = 120
 MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "config": set(),
-    "config_rules": {"config"},
     "compat": set(),
     "algorithm": {"records"},
     "data": {"records", "config"},
@@ -41,9 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "token_u": {"records", "config"},
     "rollout": {"records", "config", "compat"},
     "rollout.megatron_engine": {"records", "config", "compat", "parallel", "models"},
-    "planning": {"records", "config", "config_rules", "models"},
-    "launch": {"records", "config", "config_rules", "planning"},
-    "convert": {"records", "config", "config_rules", "compat", "models", "parallel", "checkpoint"},
+    "planning": {"records", "config", "models"},
+    "launch": {"records", "config", "planning"},
+    "convert": {"records", "config", "compat", "models", "parallel", "checkpoint"},
 }
 UNRESTRICTED = {"train", "evaluate", "run", "stages"}  # the two programs and what the loop is made of; nothing imports train
 VLLM_ROOMS = {"rollout", "compat"}

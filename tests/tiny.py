@@ -21,9 +21,13 @@ def make_checkpoint(directory: Path, *, moe: bool, seed: int = 0, tied: bool = F
         intermediate_size=96, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=0.15,
         # No padding id: transformers would zero its embedding and leave it out of the gradient.
         bos_token_id=1, eos_token_id=2, pad_token_id=None)
-    sparse: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    sparse: dict[str, Any] = dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**common, **sparse, **changes})) if moe else Qwen3ForCausalLM(Qwen3Config(**{**common, **changes}))
+    if moe:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**common, **sparse, **changes}))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**{**common, **changes}))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)

@@ -1,0 +1,53 @@
+"""The run's configuration: one typed definition (`schema`), read from YAML and `key=value` overrides (`load`), held against the model
+and the world size before anything starts (`rules`)."""
+
+from megatron_antisd.config.load import build_config, dump_config, known_keys, load_config
+from megatron_antisd.config.schema import (
+    DEFAULT_PRIVILEGED_TEMPLATE,
+    AlgorithmConfig,
+    BenchmarkConfig,
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    DebugConfig,
+    EvaluationConfig,
+    GateConfig,
+    GradingConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrivilegedConfig,
+    RolloutConfig,
+    RunConfig,
+    RunSection,
+    Section,
+    TrainerConfig,
+)
+
+__all__ = [
+    "DEFAULT_PRIVILEGED_TEMPLATE",
+    "AlgorithmConfig",
+    "BenchmarkConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DebugConfig",
+    "EvaluationConfig",
+    "GateConfig",
+    "GradingConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrivilegedConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "RunSection",
+    "Section",
+    "TrainerConfig",
+    "build_config",
+    "dump_config",
+    "known_keys",
+    "load_config",
+]
