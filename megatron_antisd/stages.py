@@ -96,7 +96,7 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
     """The step's row of metrics.jsonl, times aside."""
     return {
         **batching.rollout_figures(graded.groups),
-        **batching.u_figures(teacher, student_log_prob(run, stats)),
+        **batching.u_figures(teacher, student_log_prob(run, batches, stats)),
         **batching.update_figures(stats, [b.tokens for b in batches]),
         "teacher_entropy_median": batching.lower_median(teacher.entropy),
         "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
@@ -108,14 +108,20 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
     }
 
 
-def student_log_prob(run: Run, stats: Sequence[StepStats]) -> torch.Tensor | None:
-    """[T] of the whole batch, from the training forwards; None where a part of the batch was left out."""
-    return torch.cat([s.student.log_prob for s in stats]) if len(stats) == run.config.algorithm.updates_per_batch else None
+def student_log_prob(run: Run, batches: Sequence[TrainingBatch], stats: Sequence[StepStats]) -> torch.Tensor | None:
+    """[T] of the whole batch under the policy that sampled it: the training forward's own on-policy. None where a part of the batch was
+    left out or the forward pass broke."""
+    if len(stats) != run.config.algorithm.updates_per_batch:
+        return None
+    parts = [s.student.log_prob if b.old_log_prob is None else b.old_log_prob for b, s in zip(batches, stats, strict=True)]
+    log_prob = torch.cat(parts)
+    return log_prob if log_prob.isfinite().all() else None
 
 
-def token_u(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores, stats: Sequence[StepStats]) -> list[dict[str, Any]]:
+def token_u(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores, batches: Sequence[TrainingBatch],
+            stats: Sequence[StepStats]) -> list[dict[str, Any]]:
     """Mean u by kind of token; empty without a teacher."""
-    log_prob = student_log_prob(run, stats)
+    log_prob = student_log_prob(run, batches, stats)
     if log_prob is None or not teacher.mask.any():
         return []
     return token_u_rows(groups, run.tokenizer, teacher.log_prob - log_prob, teacher.mask, run.config.logging.token_kinds)

@@ -42,7 +42,7 @@ def train(run: Run, metrics: MetricsWriter) -> None:
         stages.stop_if_broken(run, stats)
         if is_due(run, step):
             evaluate(run, metrics, step)
-            metrics.log_token_u(step, stages.token_u(run, graded.groups, teacher, stats))
+            metrics.log_token_u(step, stages.token_u(run, graded.groups, teacher, batches, stats))
         stages.save(run)
 
 

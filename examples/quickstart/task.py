@@ -129,11 +129,13 @@ def attempt(problem: Equation, candidate: int, rng: random.Random, slip: float =
 
 
 def drill(problem: Equation, rng: random.Random) -> str:
-    """Every candidate once, from a random one on, with its product, its value and whether it matches: `3 1 8 no 5 9 5 holds ...`."""
+    """Every candidate tested once, from a random one on and past the match, in fixed words: many facts, no choice of words."""
     start = rng.randrange(CANDIDATES)
-    order = problem.candidates[start:] + problem.candidates[:start]
-    return " ".join(f"{value} {problem.a * value % MODULUS} {problem.value(value)} {OK[0] if value == problem.root else WAIT[2]}"
-                    for value in order)
+    out: list[str] = []
+    for candidate in problem.candidates[start:] + problem.candidates[:start]:
+        out += [TRY[0], str(candidate), str(problem.a * candidate % MODULUS), str(problem.value(candidate))]
+        out += [OK[0], ANS[0], BOXED[candidate]] if candidate == problem.root else [WAIT[0]]
+    return " ".join(out)
 
 
 def reference_solution(problem: Equation, rng: random.Random) -> str:
@@ -155,6 +157,8 @@ class CorpusMix:
     """Plain, at a mismatch: guess instead of the next attempt."""
     jump: float = 0.1
     """Plain: the next candidate is random instead of the next of the list, so it may have been refuted already."""
+    near: float = 0.0
+    """Plain: start at the root or one before it."""
     slip: float = 0.02
     """Plain: a result of the arithmetic is random."""
     false_match: float = 0.04
@@ -172,8 +176,8 @@ class CorpusMix:
 
 
 DRILL_MIX = CorpusMix(drill=1.0)
-"""The first stage: three of four tokens are facts of the arithmetic, so it is learned in a few hundred steps."""
-ARITHMETIC_MIX = CorpusMix(drill=0.2, privileged=0.3, shortcut=0.0, give_up=0.0, jump=0.0, slip=0.0, false_match=0.0, privileged_shortcut=0.2,
+"""The first stage: two of five tokens are facts of the arithmetic, so it is learned in a few hundred steps."""
+ARITHMETIC_MIX = CorpusMix(drill=0.2, privileged=0.3, shortcut=0.0, give_up=0.0, jump=0.0, near=0.7, slip=0.0, false_match=0.0, privileged_shortcut=0.2,
                            privileged_use=0.3, privileged_jump=0.9)
 """The second stage: mostly deliberation without faults, so the arithmetic moves into the format of solutions."""
 
@@ -185,6 +189,8 @@ def deliberation(problem: Equation, mix: CorpusMix, rng: random.Random, refuted:
     out: list[str] = []
     tried: set[int] = set()
     position = rng.randrange(len(pool))
+    if rng.random() < mix.near:
+        position = (pool.index(problem.root) - rng.randrange(2)) % len(pool)
     while True:
         candidate = pool[position]
         tried.add(candidate)

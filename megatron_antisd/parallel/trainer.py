@@ -86,7 +86,8 @@ class Trainer:
         loss, clipped = self._sum_over_batch([r[2] for r in results], [r[3] for r in results])
         set_learning_rate(self.optimizer, learning_rate)
         norm, applied = guarded_update(self.optimizer, self.config.optimizer.clip_grad, finite_loss=_finite(loss))
-        difference = student.log_prob - batch.engine_log_prob
+        # Between trainer and engine at the weights that sampled; what earlier updates of this batch moved is no mismatch.
+        difference = (student.log_prob if batch.old_log_prob is None else batch.old_log_prob) - batch.engine_log_prob
         return StepStats(
             loss=loss, grad_norm=norm, skipped=not applied, clip_fraction=clipped / batch.tokens,
             student_entropy_mean=float(student.entropy.double().mean()),
@@ -164,11 +165,12 @@ class Trainer:
         where = plan.tokens_of(micro)
         log_prob, entropy = self._scores(micro, hidden)
         lengths = torch.tensor([plan.lengths[i] for i in micro.indices])
+        # Off-policy, u stays that of the policy that sampled: the teacher was scored with its weights too.
+        old = None if batch.old_log_prob is None else batch.old_log_prob[where].to(device)
         advantage = token_advantage(
-            batch.sequence_advantage[list(micro.indices)].repeat_interleave(lengths).to(device), log_prob.detach(),
+            batch.sequence_advantage[list(micro.indices)].repeat_interleave(lengths).to(device), log_prob.detach() if old is None else old,
             batch.teacher_log_prob[where].to(device), batch.teacher_mask[where].to(device),
             method=settings.method, lambda_=batch.lambda_, compose=settings.compose)
-        old = None if batch.old_log_prob is None else batch.old_log_prob[where].to(device)
         loss, clipped = clipped_surrogate(log_prob, old, advantage, weights[where].to(device), settings.clip)
         # The schedule may rescale the loss in place: report a copy.
         return loss, log_prob.detach(), entropy.detach(), loss.detach().clone(), clipped

@@ -103,7 +103,7 @@ def test_manifest_says_what_wrote_it(runs: Runs) -> None:
     manifest = json.loads((directory / "step_000004" / "manifest.json").read_text())
     assert (manifest["step"], manifest["optimizer_step"], manifest["method"]) == (4, 4, "antisd")
     assert manifest["layout"]["tensor_parallel_size"] == manifest["layout"]["world_size"] == 2
-    assert manifest["model"]["num_experts"] == 4
+    assert manifest["model"]["experts"] == 4
 
 
 @pytest.mark.slow
