@@ -33,6 +33,7 @@ EXTRAS = {
     "gpu": ["vllm==0.32.0"],  # pins torch 2.13.0 for CUDA
     "te": ["transformer-engine[pytorch]==2.20.2"],  # the torch part is compiled against the installed torch
     "wandb": ["wandb"],
+    "bench": ["trl==1.16.*"],  # what benchmarks/against_trl.py compares with
     "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 

@@ -53,7 +53,8 @@ def run(command: Sequence[str], *, threads: int, limit_seconds: float = 1800) ->
     return Memory(resident=resident, proportional=proportional or None)
 
 
-def train(config: Path, directory: Path, *, processes: int = 2, threads: int = 1, overrides: Sequence[str] = ()) -> tuple[list[dict[str, Any]], Memory]:
+def train(config: Path, directory: Path, *, processes: int = 2, threads: int = 1,
+          overrides: Sequence[str] = ()) -> tuple[list[dict[str, Any]], Memory]:
     """One run of `megatron_antisd.train`; its rows of metrics.jsonl and its memory. An earlier run in `directory` is removed."""
     shutil.rmtree(directory, ignore_errors=True)
     memory = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
@@ -82,8 +83,8 @@ def machine() -> str:
     """One line on where and under what load this ran."""
     import torch
 
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), load average {load:.1f}, Python {platform.python_version()}, torch {torch.__version__}"
+    cores = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{cores}, load average {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def _sizes(root: psutil.Process) -> tuple[int, int]:

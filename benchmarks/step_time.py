@@ -42,8 +42,8 @@ def check_work(workload: Workload, method: str, rows: Sequence[dict[str, Any]]) 
         if method == "antisd":
             right = right and row["lambda"] > 0 and row["teacher_masked_rollouts"] == 0
         if not right:
-            raise RuntimeError(f"{method}, step {row['step']}: expected {tokens} tokens, an applied update and a teacher for every rollout of antisd; "
-                               f"got tokens {row['tokens']}, skipped {row['updates_skipped']}, lambda {row['lambda']}, "
+            raise RuntimeError(f"{method}, step {row['step']}: expected {tokens} tokens, an applied update, and for antisd a teacher "
+                               f"for every rollout; got tokens {row['tokens']}, skipped {row['updates_skipped']}, lambda {row['lambda']}, "
                                f"without teacher {row['teacher_masked_rollouts']}")
 
 

@@ -1,7 +1,7 @@
-"""One GRPO run with TRL on the benchmark's inputs; started by `benchmarks.against_trl`. Prints a JSON line of seconds per step.
+"""One GRPO run with TRL on the benchmark's inputs; started by `benchmarks.against_trl`. Writes the seconds of every step as JSON.
 
-The settings are those that make TRL fast here and the work the same as ours: no gradient checkpointing, no reference model, cached
-generation of a fixed length in the dtype of training. Whatever else is TRL's default stays.
+The settings are those that make TRL fast here and the work the same as ours: no gradient checkpointing, no reference model, no
+auxiliary router loss, cached generation of a fixed length in float32. Whatever else is TRL's default stays.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ def settings(workload: Workload, output: Path, steps: int, micro_batch: int) -> 
         output_dir=str(output), max_steps=steps, use_cpu=True, bf16=False, seed=0, learning_rate=1e-6, lr_scheduler_type="constant",
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=workload.sequences // micro_batch,
         num_generations=workload.rollouts, max_completion_length=workload.new_tokens, generation_kwargs={"min_new_tokens": workload.new_tokens},
-        temperature=1.0, beta=0.0, loss_type="dapo", scale_rewards="group", num_iterations=1, gradient_checkpointing=False,
+        temperature=1.0, beta=0.0, router_aux_loss_coef=0.0, loss_type="dapo", scale_rewards="group", num_iterations=1, gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32"}, weight_decay=0.01, max_grad_norm=1.0,
         report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True)
 
 
 def main() -> None:
-    """Train a few steps and print the time of each."""
+    """Train a few steps and write the time of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(WORKLOADS), required=True)
     parser.add_argument("--directory", type=Path, required=True, help="holds checkpoint/ and problems.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--micro-batch", type=int, required=True, help="sequences of a forward and backward pass")
     given = parser.parse_args()
@@ -71,7 +72,7 @@ def main() -> None:
         args=settings(workload, given.directory / "trl", given.steps, given.micro_batch))
     trainer.train()
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
-    print(json.dumps({"seconds": stopwatch.seconds, "response_length_mean": lengths}))
+    given.output.write_text(json.dumps({"seconds": stopwatch.seconds, "response_length_mean": lengths}))
 
 
 if __name__ == "__main__":

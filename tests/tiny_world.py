@@ -92,7 +92,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "reward_mean" in row]
 
 
-def launch(ranks: int, *arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def launch(ranks: int, *arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node ranks arguments...`; stdout and stderr together in `stdout`, whatever the exit code.
 
     Raises AssertionError where the ranks are not done in time; they are killed then.
@@ -110,7 +110,7 @@ def launch(ranks: int, *arguments: str | Path, timeout: float = 120) -> subproce
     return subprocess.CompletedProcess(command, process.returncode, stdout=output)
 
 
-def train(ranks: int, config: Path, *overrides: str, timeout: float = 120) -> str:
+def train(ranks: int, config: Path, *overrides: str, timeout: float = 240) -> str:
     """Train; the output. Raises AssertionError where it fails."""
     done = launch(ranks, "-m", "megatron_antisd.train", config, *overrides, timeout=timeout)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -5,10 +5,10 @@ a model that reads left to right cannot test them while it reads the prompt: it 
 either jumps to an answer or deliberates:
 
     so \\boxed{5}
-    try 3 1 8 wait check 9 3 10 hmm let 7 6 2 holds so \\boxed{7}
+    try 3 1 8 6 wait check 9 3 10 8 hmm let 7 6 2 0 holds so \\boxed{7}
 
-`try 3 1 8` reads: candidate 3, a*3 = 1, a*3 + b = 8 (mod 11). The answer is the number in the last \\boxed{}. Each role has
-several synonyms, so that deliberation carries entropy, as it does in natural language.
+`try 3 1 8 6` reads: candidate 3, a*3 = 1, a*3 + b = 8, a*3 + b - c = 6 (mod 11); a rest of 0 is a match. The answer is the number in
+the last \\boxed{}. Each role has several synonyms, so that deliberation carries entropy, as it does in natural language.
 
 Besides the problems this file makes the demonstrations that the base model is pretrained on. Most plain demonstrations jump to a
 guess (so the base model is poor, but able to deliberate), and demonstrations that see a solution mostly jump to it (so the
@@ -118,24 +118,24 @@ def answer(value: int, rng: random.Random) -> list[str]:
 
 
 def attempt(problem: Equation, candidate: int, rng: random.Random, slip: float = 0.0) -> tuple[list[str], bool]:
-    """One test of a candidate, and whether the written result matches c. With probability `slip` a result is random."""
+    """One test of a candidate, and whether it matches: the product a*x, the sum a*x + b and the rest a*x + b - c, which is 0 on a match.
+    With probability `slip` each, product and sum are random."""
     product = problem.a * candidate % MODULUS
     if rng.random() < slip:
         product = rng.randrange(MODULUS)
     total = (product + problem.b) % MODULUS
     if rng.random() < slip:
         total = rng.randrange(MODULUS)
-    return [rng.choice(TRY), str(candidate), str(product), str(total)], total == problem.c
+    rest = (total - problem.c) % MODULUS
+    return [rng.choice(TRY), str(candidate), str(product), str(total), str(rest)], rest == 0
 
 
 def drill(problem: Equation, rng: random.Random) -> str:
-    """Every candidate tested once, from a random one on and past the match, in fixed words: many facts, no choice of words."""
+    """Every candidate once, from a random one on, with its product, value and rest: `3 1 8 6 5 9 5 3 ...`."""
     start = rng.randrange(CANDIDATES)
-    out: list[str] = []
-    for candidate in problem.candidates[start:] + problem.candidates[:start]:
-        out += [TRY[0], str(candidate), str(problem.a * candidate % MODULUS), str(problem.value(candidate))]
-        out += [OK[0], ANS[0], BOXED[candidate]] if candidate == problem.root else [WAIT[0]]
-    return " ".join(out)
+    order = problem.candidates[start:] + problem.candidates[:start]
+    return " ".join(f"{value} {problem.a * value % MODULUS} {problem.value(value)} {(problem.value(value) - problem.c) % MODULUS}"
+                    for value in order)
 
 
 def reference_solution(problem: Equation, rng: random.Random) -> str:
@@ -151,19 +151,17 @@ class CorpusMix:
     """Arithmetic drills instead of solutions: every candidate with its two results."""
     privileged: float = 0.5
     """Of the others: demonstrations in the privileged format."""
-    shortcut: float = 0.8
+    shortcut: float = 0.75
     """Plain: jump to a guess."""
-    give_up: float = 0.4
+    give_up: float = 0.35
     """Plain, at a mismatch: guess instead of the next attempt."""
     jump: float = 0.1
     """Plain: the next candidate is random instead of the next of the list, so it may have been refuted already."""
-    near: float = 0.0
-    """Plain: start at the root or one before it."""
     slip: float = 0.02
     """Plain: a result of the arithmetic is random."""
     false_match: float = 0.04
     """Plain, at a mismatch: claim a match."""
-    privileged_shortcut: float = 0.85
+    privileged_shortcut: float = 0.93
     """Privileged: jump to the shown answer."""
     privileged_use: float = 0.7
     """Privileged deliberation: the attempt tests the shown answer."""
@@ -176,8 +174,8 @@ class CorpusMix:
 
 
 DRILL_MIX = CorpusMix(drill=1.0)
-"""The first stage: two of five tokens are facts of the arithmetic, so it is learned in a few hundred steps."""
-ARITHMETIC_MIX = CorpusMix(drill=0.2, privileged=0.3, shortcut=0.0, give_up=0.0, jump=0.0, near=0.7, slip=0.0, false_match=0.0, privileged_shortcut=0.2,
+"""The first stage: three of four tokens are facts of the arithmetic, so it is learned in a few hundred steps."""
+ARITHMETIC_MIX = CorpusMix(drill=0.2, privileged=0.3, shortcut=0.0, give_up=0.0, jump=0.0, slip=0.0, false_match=0.0, privileged_shortcut=0.2,
                            privileged_use=0.3, privileged_jump=0.9)
 """The second stage: mostly deliberation without faults, so the arithmetic moves into the format of solutions."""
 
@@ -189,8 +187,6 @@ def deliberation(problem: Equation, mix: CorpusMix, rng: random.Random, refuted:
     out: list[str] = []
     tried: set[int] = set()
     position = rng.randrange(len(pool))
-    if rng.random() < mix.near:
-        position = (pool.index(problem.root) - rng.randrange(2)) % len(pool)
     while True:
         candidate = pool[position]
         tried.add(candidate)

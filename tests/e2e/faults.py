@@ -1,0 +1,113 @@
+"""Training with something done to it. Usage: faults.py FAULT CONFIG.yaml [key=value ...]; the faults are the functions below."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+NAN_SEQUENCE, NAN_FORWARD, INFINITE_GRADIENT = 2, 4, 5
+
+
+def score_at_the_end(output: str) -> None:
+    """No fault: write the final policy's scores of the usual views."""
+    from tiny import make_views
+
+    from megatron_antisd.run import Run
+
+    close = Run.close
+
+    def score_and_close(self: Run) -> None:
+        scores = self.trainer.score(make_views())
+        if self.is_main:
+            torch.save((scores.log_prob, scores.entropy), output)
+        close(self)
+
+    Run.close = score_and_close
+
+
+def not_finite() -> None:
+    """Steps 2, 4 and 5 break, each in another way and on the last rank only; the weights must not notice."""
+    from megatron_antisd.compat import megatron_cpu
+
+    install = megatron_cpu.install
+
+    def install_and_break() -> None:
+        install()
+        import megatron_antisd.parallel.trainer as module
+
+        _break_steps(module)
+
+    megatron_cpu.install = install_and_break
+
+
+def _break_steps(module: Any) -> None:
+    count = {"step": 0}
+    step, scores, update = module.Trainer.step, module.Trainer._scores, module.guarded_update
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def broken_step(self: Any, batch: Any, learning_rate: float) -> Any:
+        count["step"] += 1
+        if count["step"] == NAN_SEQUENCE:
+            advantage = batch.sequence_advantage.clone()
+            advantage[3] = float("nan")  # one sequence of sixteen: one data-parallel rank meets it
+            batch = dataclasses.replace(batch, sequence_advantage=advantage)
+        before = {name: tensor.clone() for name, tensor in self.export()}
+        stats = step(self, batch, learning_rate)
+        after = dict(self.export())
+        unchanged = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert unchanged == stats.skipped, f"step {count['step']}: skipped {stats.skipped}, weights unchanged {unchanged}"
+        return stats
+
+    def broken_scores(self: Any, micro: Any, hidden: torch.Tensor) -> Any:
+        log_prob, entropy = scores(self, micro, hidden)
+        if count["step"] == NAN_FORWARD and log_prob.requires_grad and last:
+            log_prob = log_prob * float("nan")
+        return log_prob, entropy
+
+    def broken_update(optimizer: Any, clip_grad: float, finite_loss: bool) -> Any:
+        if count["step"] == INFINITE_GRADIENT and last:
+            for buffer in broken_update.trainer.ddp.buffers:
+                buffer.grad_data.fill_(float("inf"))
+        return update(optimizer, clip_grad, finite_loss=finite_loss)
+
+    def remember(self: Any, *arguments: Any) -> None:
+        initialise(self, *arguments)
+        broken_update.trainer = self
+
+    initialise = module.Trainer.__init__
+    module.Trainer.__init__, module.Trainer.step, module.Trainer._scores = remember, broken_step, broken_scores
+    module.guarded_update = broken_update
+
+
+def engine_dies(step: str) -> None:
+    """vLLM fails on the last rank when it generates for this step."""
+    from megatron_antisd.rollout.vllm_engine import VllmEngine
+
+    generate = VllmEngine._generate
+
+    def failing(self: VllmEngine, requests: Any, sampling: Any) -> Any:
+        if self.policy_version == int(step) - 1 and not sampling.ignore_eos and dist.get_rank() == dist.get_world_size() - 1:
+            raise RuntimeError("the engine core died unexpectedly")
+        return generate(self, requests, sampling)
+
+    VllmEngine._generate = failing
+
+
+def main() -> None:
+    from megatron_antisd.train import main as train
+
+    fault, *arguments = sys.argv[1:]
+    name, _, value = fault.partition("=")
+    globals()[name](*([value] if value else []))
+    train(arguments)
+
+
+if __name__ == "__main__":
+    main()
