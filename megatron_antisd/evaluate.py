@@ -9,13 +9,15 @@ import math
 import sys
 from collections.abc import Sequence
 
+import torch.distributed as dist
+
 from megatron_antisd.config import ConfigError, load_config
 from megatron_antisd.grading.groups import grade_groups
 from megatron_antisd.metrics import MetricsWriter
 from megatron_antisd.records import RolloutGroup
 from megatron_antisd.rollout.engine import Sampling
 from megatron_antisd.rollout.groups import generate_groups
-from megatron_antisd.run import Run, build_run, set_up_logging
+from megatron_antisd.run import SETUP_ERRORS, Run, build_run, set_up_logging
 
 EVALUATION_SEED = 20_000_000
 """Added to the run's seed: evaluations draw the same numbers at every step, and none that training draws."""
@@ -136,13 +138,18 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit("usage: torchrun --nproc-per-node N -m megatron_antisd.evaluate CONFIG.yaml [key=value ...]")
     set_up_logging()
     try:
-        run = build_run(load_config(arguments[0], arguments[1:]))
-    except ConfigError as error:
+        config = load_config(arguments[0], arguments[1:])
+        if not config.evaluation.benchmarks:
+            raise ConfigError("evaluation.benchmarks is empty: there is nothing to evaluate; list at least one name and path")
+        run = build_run(config)
+    except SETUP_ERRORS as error:
         sys.exit(f"configuration error: {error}")
     with MetricsWriter(run.config.directory / "evaluation", config=run.config.logging, total_steps=run.config.run.steps, resume_step=None,
                        run_name=run.config.run.name, is_writer=run.is_main) as metrics:
         evaluate(run, metrics, run.progress.step)
     run.close()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

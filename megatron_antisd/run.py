@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ import yaml
 from megatron_antisd.algorithm import EntropyGate
 from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig, dump_config, rules
-from megatron_antisd.data import ProblemSampler, PromptBuilder, load_problems
-from megatron_antisd.grading import GradingPool
+from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError, load_problems
+from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.records import Problem
 from megatron_antisd.rollout.engine import Engine, Sampling
 from megatron_antisd.rollout.probe import DEFAULT_LIMIT, ProbeResult, SyncProbe, synchronise
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from megatron_antisd.parallel.trainer import Trainer
 
 _log = logging.getLogger(__name__)
+
+SETUP_ERRORS = (ConfigError, ProblemDataError, PromptError, GradingError)
+"""What `load_config` and `build_run` raise for bad input; the message says it all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,8 @@ def build_run(config: RunConfig) -> Run:
     benchmarks = {b.name: load_problems([b.path]) for b in config.evaluation.benchmarks}
     context = rules.max_context(config, model)
     prompts = PromptBuilder(tokenizer, config.data, config.privileged, context)
+    _check_prompts(config, prompts, problems, benchmarks)
+    stop_token_ids = _stop_tokens(tokenizer, config.model.path)
     sampler = ProblemSampler(problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
     grader = GradingPool(config.grading.workers, config.grading.timeout_seconds, config.grading.function)
 
@@ -110,15 +115,23 @@ def build_run(config: RunConfig) -> Run:
         config=config, trainer=trainer, engine=engine, tokenizer=tokenizer, prompts=prompts, sampler=sampler, grader=grader,
         gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max), benchmarks=benchmarks,
         sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
-                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=_stop_tokens(tokenizer, config.model.path)),
+                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=stop_token_ids),
         probe=SyncProbe(
             prompts.student_prompt(problems[0]), score=trainer.score, copies=world, max_context=context, temperature=config.rollout.temperature,
             limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype]),
         progress=Progress(), resumed=False, is_main=dist.get_rank() == 0)
     run = _restore(run)
-    _write_config(run)
     run.sync()
     return run
+
+
+def _check_prompts(config: RunConfig, prompts: PromptBuilder, problems: Sequence[Problem], benchmarks: Mapping[str, Sequence[Problem]]) -> None:
+    prompts.require_room(problems, config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    for held_out in benchmarks.values():
+        if config.evaluation.max_new_tokens is None:
+            prompts.require_room(held_out, config.rollout.max_new_tokens, "rollout.max_new_tokens")
+        else:
+            prompts.require_room(held_out, config.evaluation.max_new_tokens, "evaluation.max_new_tokens")
 
 
 def _build_engine_and_trainer(config: RunConfig, context: int) -> tuple[Engine, Trainer]:
@@ -173,15 +186,15 @@ def _restore(run: Run) -> Run:
     return run
 
 
-def _write_config(run: Run) -> None:
-    """Keep the full resolved configuration beside the run's results; say what a resume changes."""
+def write_config(run: Run) -> None:
+    """Keep the full resolved configuration beside the run's results; say what a resume changes. For a run that trains."""
     if not run.is_main:
         return
     path = run.config.directory / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     if run.resumed and path.is_file():
         before, now = yaml.safe_load(path.read_text()), run.config.model_dump(mode="json")
-        changed = [f"{s}.{k}: {before[s].get(k)!r} -> {v!r}" for s in now for k, v in now[s].items() if before.get(s, {}).get(k) != v]
+        changed = [f"{s}.{k}: {before.get(s, {}).get(k)!r} -> {v!r}" for s in now for k, v in now[s].items() if before.get(s, {}).get(k) != v]
         if changed:
             _say(run, "the configuration changed since the checkpoint: " + "; ".join(changed))
     path.write_text(dump_config(run.config))
@@ -196,7 +209,10 @@ def _model_config(config: RunConfig) -> dict[str, Any]:
     path = Path(config.model.path) / "config.json"
     if not path.is_file():
         raise ConfigError(f"model.path: no config.json in {config.model.path}; expected a Hugging Face checkpoint directory")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.path: {path} is not valid JSON: {error}") from error
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:

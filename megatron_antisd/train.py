@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_antisd import stages
-from megatron_antisd.config import ConfigError, load_config
+from megatron_antisd.config import load_config
 from megatron_antisd.evaluate import evaluate, is_due
 from megatron_antisd.metrics import MetricsWriter, StageTimer
-from megatron_antisd.run import Run, build_run, set_up_logging
+from megatron_antisd.run import SETUP_ERRORS, Run, build_run, set_up_logging, write_config
 
 
 def train(run: Run, metrics: MetricsWriter) -> None:
@@ -52,9 +52,10 @@ def main(arguments: Sequence[str]) -> None:
     set_up_logging()
     try:
         run = build_run(load_config(arguments[0], arguments[1:]))
-    except ConfigError as error:
+    except SETUP_ERRORS as error:
         sys.exit(f"configuration error: {error}")
     config = run.config
+    write_config(run)
     first = run.progress.step + 1 if run.resumed else None
     with MetricsWriter(config.directory, config=config.logging, total_steps=config.run.steps, resume_step=first,
                        run_name=config.run.name, is_writer=run.is_main) as metrics:

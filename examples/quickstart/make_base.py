@@ -55,7 +55,7 @@ STAGES = (
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:
-    """764K parameters: 3 layers, hidden 128, 4 heads of 32 (the smallest vLLM takes on CPU), 2 key/value heads, 4 experts of which 2 are active."""
+    """764K parameters: 3 layers, hidden 128, 4 heads of 32 (the smallest vLLM takes on CPU), 2 key/value heads, 2 of 4 experts active."""
     return Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         intermediate_size=256, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1,

@@ -42,7 +42,8 @@ def prepare(directory: Path, seed: int) -> None:
                "-m", "examples.quickstart.make_base", str(directory / "base"), "--seed", str(seed)]
     subprocess.run(command, check=True)
     stamp.write_text(recipe(seed))
-    print(f"{directory}: {TRAIN_PROBLEMS} problems, {HELD_OUT_PROBLEMS} held out, base model pretrained in {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    print(f"{directory}: {TRAIN_PROBLEMS} problems, {HELD_OUT_PROBLEMS} held out, base model pretrained in {seconds:.0f} s")
 
 
 def main(arguments: Sequence[str]) -> None:

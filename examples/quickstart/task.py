@@ -161,7 +161,7 @@ class CorpusMix:
     """Plain: a result of the arithmetic is random."""
     false_match: float = 0.04
     """Plain, at a mismatch: claim a match."""
-    privileged_shortcut: float = 0.93
+    privileged_shortcut: float = 0.88
     """Privileged: jump to the shown answer."""
     privileged_use: float = 0.7
     """Privileged deliberation: the attempt tests the shown answer."""

@@ -245,15 +245,15 @@ class ProblemSampler:
 
     A batch at an epoch's end takes what is left and goes on with the next epoch, where problems it already holds wait until
     after the batch: nothing is skipped, and no problem is twice in a batch. `shuffle=False` keeps the order of the files.
-    Raises ValueError when there are fewer problems than `per_step`.
+    Raises ProblemDataError when there are fewer problems than `per_step`.
     """
 
     def __init__(self, problems: Sequence[Problem], per_step: int, seed: int, shuffle: bool = True) -> None:
         if per_step < 1:
             raise ValueError(f"per_step must be at least 1, got {per_step}")
         if len(problems) < per_step:
-            raise ValueError(f"the data set has {len(problems)} problems, a step needs {per_step}; add data or lower "
-                             f"rollout.problems_per_step to at most {len(problems)}")
+            raise ProblemDataError(f"the data set has {len(problems)} problems, a step needs {per_step}; add data or lower "
+                                   f"rollout.problems_per_step to at most {len(problems)}")
         if len({problem.id for problem in problems}) != len(problems):
             raise ValueError("problem ids repeat; load_problems checks that they are unique")
         self._problems = tuple(problems)

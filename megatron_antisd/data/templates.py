@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_antisd.config import DataConfig, PrivilegedConfig
@@ -59,6 +59,20 @@ class PromptBuilder:
     def student_prompt(self, problem: Problem) -> tuple[int, ...]:
         """Token ids up to and with the generation prompt. Raises PromptError where no response token would fit. Cached."""
         return self._student_prompt(problem)
+
+    def require_room(self, problems: Sequence[Problem], response_tokens: int, setting: str) -> None:
+        """Raises PromptError where a prompt and a response of `response_tokens` (named by `setting`) exceed the context: before a run
+        starts, not at the step that draws the problem. No prompt has more tokens than bytes, so only the long ones are tokenised."""
+        room = self._max_context - response_tokens
+        around = len(self.student_prompt(min(problems, key=lambda problem: len(problem.prompt))))
+        long = [problem for problem in problems if around + len(problem.prompt.encode()) > room]
+        lengths = {problem.id: len(self._encode_turn(self._question(problem))) for problem in long}
+        excess = [identifier for identifier, length in lengths.items() if length > room]
+        if excess:
+            longest = max(excess, key=lengths.__getitem__)
+            raise PromptError(f"{len(excess)} of {len(problems)} problems leave no room for {setting}={response_tokens} tokens in the context of "
+                              f"{self._max_context}; the longest prompt, of problem {longest!r}, has {lengths[longest]} tokens, possible are {room}. "
+                              f"Lower {setting}, raise rollout.max_context or take these out of the data: {excess[:5]}")
 
     def privileged_views(self, group: RolloutGroup, *, seed: int, step: int) -> list[PrivilegedView]:
         """The teacher's view of every rollout, in the group's order. Raises ValueError on rollouts without reward or feedback."""
