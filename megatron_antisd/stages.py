@@ -100,7 +100,7 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         **batching.update_figures(stats, [b.tokens for b in batches]),
         "teacher_entropy_median": batching.lower_median(teacher.entropy),
         "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
-        "gate_marginal": gate and gate.marginal,
+        "gate_entropy": gate and gate.entropy, "gate_marginal": gate and gate.marginal,
         "lambda": lambda_, "shadow_lambda": gate.lambda_ if gate is not None and run.config.algorithm.shadow else None,
         "teacher_masked_rollouts": teacher.missing, "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,

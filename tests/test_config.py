@@ -341,7 +341,7 @@ def test_absent_packages_are_named(checkpoint: Path, monkeypatch: pytest.MonkeyP
     for overrides, part in [
         (["rollout.engine=vllm"], "rollout.engine=vllm: vLLM is not installed"),
         (["optimizer.backend=te"], "optimizer.backend=te: transformer-engine is not installed"),
-        (["model.spec=te"], "model.spec=te: transformer-engine is not installed"),
+        (["model.spec=te"], "model.spec=te: transformer-engine layers are not built by this version"),
         (["optimizer.backend=apex"], "NVIDIA's apex is not installed"),
         (["logging.wandb_project=p"], "wandb is not installed"),
     ]:

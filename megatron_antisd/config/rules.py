@@ -231,10 +231,10 @@ def _model_file_problems(config: RunConfig) -> Iterator[str]:
 def _package_problems(config: RunConfig) -> Iterator[str]:
     if config.rollout.engine == "vllm" and config.debug.load_rollouts is None and not _has("vllm"):
         yield "rollout.engine=vllm: vLLM is not installed; run tools/setup_env.sh, or set rollout.engine=megatron"
-    for key, value in (("optimizer.backend", config.optimizer.backend), ("model.spec", config.model.spec)):
-        if value == "te" and not _has("transformer_engine"):
-            yield f"{key}=te: transformer-engine is not installed; pip install 'megatron_antisd[te]', or set {key}=" + (
-                "torch" if key == "optimizer.backend" else "local")
+    if config.optimizer.backend == "te" and not _has("transformer_engine"):
+        yield "optimizer.backend=te: transformer-engine is not installed; pip install 'megatron_antisd[te]', or set optimizer.backend=torch"
+    if config.model.spec == "te":
+        yield "model.spec=te: transformer-engine layers are not built by this version; set model.spec=local"
     if config.optimizer.backend == "apex" and not _has("apex", inside="optimizers"):
         yield ("optimizer.backend=apex: NVIDIA's apex is not installed (the package index's `apex` is another project of "
                "that name); build it from source or set optimizer.backend=torch")

@@ -53,9 +53,13 @@ class OptimizerConfig(Section):
     backend: Literal["torch", "te", "apex"] = "torch"
     """Whose AdamW: an error where the package is absent, never a silent substitute."""
     lr: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay; one-dimensional parameters are spared."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
     eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator term."""
     clip_grad: float = Field(1.0, gt=0)
     """Global gradient norm bound."""
     warmup_steps: int = Field(0, ge=0)
@@ -66,9 +70,11 @@ class OptimizerConfig(Section):
 
 class AlgorithmConfig(Section):
     method: Literal["grpo", "sd", "antisd", "reverse_kl", "no_teacher"] = "antisd"
+    """Which advantage a token gets: docs/methods.md."""
     compose: Literal["additive", "multiplicative"] = "additive"
     """How antisd's term joins A_seq; multiplicative scales it by |A_seq|."""
     lambda_max: float = Field(0.5, ge=0)
+    """Weight of the token term while the gate is open."""
     clip: float = Field(0.2, gt=0, lt=1)
     """Policy-gradient ratio clip."""
     std: Literal["unbiased", "biased"] = "unbiased"
@@ -100,7 +106,9 @@ class PrivilegedConfig(Section):
     template: str = DEFAULT_PRIVILEGED_TEMPLATE
     """The teacher's user turn; must hold {problem}, {solution} and {feedback} once each."""
     correct: str = "Your answer is correct."
+    """Feedback on a rollout that is right."""
     incorrect: str = "Your answer is incorrect."
+    """Feedback on a rollout that is not."""
     solution_tokens: int = Field(8192, ge=1)
     """Upper bound on the shown solution; its beginning is cut, its end stays."""
     minimum_solution_tokens: int = Field(1, ge=1)
@@ -115,21 +123,28 @@ class DataConfig(Section):
     prompt_template: str = "{problem}"
     """The student's user turn; must hold {problem} once."""
     system_prompt: str | None = None
+    """System turn before every prompt."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the tokenizer's chat template (enable_thinking, say)."""
     shuffle: bool = True
+    """A new order each epoch, from run.seed."""
 
 
 class RolloutConfig(Section):
     engine: Literal["vllm", "megatron"] = "vllm"
+    """Who generates: vLLM, or the training model itself."""
     problems_per_step: int = Field(32, ge=1)
+    """Problems drawn a step."""
     group_size: int = Field(8, ge=2)
     """G. One rollout has no group to compare with, so at least 2."""
     max_new_tokens: int = Field(8192, ge=1)
+    """Longest response; one that meets it is truncated."""
     max_context: int | None = Field(None, ge=2)
     """Prompt + response bound; None takes the model's."""
     temperature: float = Field(1.0, gt=0)
+    """Sampling temperature in training; scores use it too."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus in training. Below 1 the engine's log-probs are over the nucleus, the trainer's are not."""
     tensor_parallel_size: int = Field(1, ge=1)
     """Engine TP; the rest of the world is replicas."""
     max_sequences: int = Field(256, ge=1)
@@ -155,6 +170,7 @@ class TrainerConfig(Section):
 
 class GradingConfig(Section):
     workers: int = Field(2, ge=1)
+    """Grader processes of each rank."""
     timeout_seconds: float = Field(10.0, gt=0)
     """Wall clock of one answer; then its worker is killed and the answer scores 0, counted."""
     function: str | None = None
@@ -163,16 +179,22 @@ class GradingConfig(Section):
 
 class BenchmarkConfig(Section):
     name: str
+    """Names its metrics: eval/<name>/..."""
     path: str
+    """JSON-lines or Parquet file of problems."""
     samples: int = Field(1, ge=1)
     """k of avg@k; pass@k is reported for 1, 2, 4, ... samples."""
 
 
 class EvaluationConfig(Section):
     every: int = Field(10, ge=1)
+    """Steps between evaluations; step 0 and the last are always evaluated."""
     benchmarks: tuple[BenchmarkConfig, ...] = ()
+    """What is evaluated; each with name, path and samples."""
     temperature: float = Field(0.7, gt=0)
+    """Sampling temperature of evaluations."""
     top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus of evaluations."""
     max_new_tokens: int | None = Field(None, ge=1)
     """None takes rollout.max_new_tokens."""
 
@@ -181,6 +203,7 @@ class CheckpointConfig(Section):
     every: int | None = Field(None, ge=1)
     """Steps between checkpoints; the last step is saved whenever this is set."""
     keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
     resume: bool = True
     """Continue from the newest checkpoint in the run directory."""
     continual_from: str | None = None
@@ -198,8 +221,11 @@ class DebugConfig(Section):
 
 class LoggingConfig(Section):
     tensorboard: bool = True
+    """Mirror the metrics to TensorBoard files."""
     wandb_project: str | None = None
+    """Mirror the metrics to this W&B project."""
     progress: bool = True
+    """Show a live progress bar."""
     samples_per_evaluation: int = Field(2, ge=0)
     """Decoded rollouts of each benchmark written to samples.jsonl at each evaluation."""
     token_kinds: str | None = None
@@ -209,10 +235,13 @@ class LoggingConfig(Section):
 
 class RunSection(Section):
     name: str = "run"
+    """Names the run and, by default, its directory."""
     directory: str | None = None
     """None takes runs/<name>."""
     steps: int = Field(200, ge=1)
+    """Training steps."""
     seed: int = Field(0, ge=0)
+    """Of data order, rollouts and peer choice."""
 
 
 class RunConfig(Section):
