@@ -16,7 +16,9 @@ import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 value = torch.tensor(float(dist.get_rank() + int(sys.argv[1])))
 dist.all_reduce(value)
-print(f"sum={value.item()} extra={os.environ.get('EXTRA')}")
+# One write with its newline: print makes two, and the ranks share the pipe.
+sys.stdout.write(f"sum={value.item()} extra={os.environ.get('EXTRA')}\\n")
+sys.stdout.flush()
 dist.destroy_process_group()
 """
 
