@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLING_SECONDS = 0.2
+SAMPLING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +32,19 @@ class Memory:
     """Shared pages divided among those who share them; None where the system does not say."""
 
 
-def run(command: Sequence[str], *, threads: int, limit_seconds: float = 1800) -> Memory:
-    """Run `command` at the project's root with `threads` threads a process and return its peak memory. Raises RuntimeError with the
-    end of its output when it fails or takes longer than `limit_seconds`."""
+def run(command: Sequence[str], *, threads: int, watch_memory: bool = False, limit_seconds: float = 1800) -> Memory | None:
+    """Run `command` at the project's root with `threads` threads a process; with `watch_memory` return its peak memory (reading it costs
+    the watched processes time, so never where a clock runs). Raises RuntimeError with the end of its output when it fails or takes
+    longer than `limit_seconds`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
         deadline, resident, proportional = time.monotonic() + limit_seconds, 0, 0
         while process.poll() is None:
-            sizes = _sizes(psutil.Process(process.pid))
-            resident, proportional = max(resident, sizes[0]), max(proportional, sizes[1])
+            if watch_memory:
+                sizes = _sizes(psutil.Process(process.pid))
+                resident, proportional = max(resident, sizes[0]), max(proportional, sizes[1])
             if time.monotonic() > deadline:
                 _end(process)
                 break
@@ -50,15 +52,15 @@ def run(command: Sequence[str], *, threads: int, limit_seconds: float = 1800) ->
         if process.returncode != 0:
             output.seek(0)
             raise RuntimeError(f"{' '.join(command)}\nended with code {process.returncode}:\n{output.read()[-4000:]}")
-    return Memory(resident=resident, proportional=proportional or None)
+    return Memory(resident=resident, proportional=proportional or None) if watch_memory else None
 
 
-def train(config: Path, directory: Path, *, processes: int = 2, threads: int = 1,
-          overrides: Sequence[str] = ()) -> tuple[list[dict[str, Any]], Memory]:
-    """One run of `megatron_antisd.train`; its rows of metrics.jsonl and its memory. An earlier run in `directory` is removed."""
+def train(config: Path, directory: Path, *, processes: int = 2, threads: int = 1, watch_memory: bool = False,
+          overrides: Sequence[str] = ()) -> tuple[list[dict[str, Any]], Memory | None]:
+    """One run of `megatron_antisd.train`; its rows of metrics.jsonl, and its memory where asked for. An earlier run in `directory` is removed."""
     shutil.rmtree(directory, ignore_errors=True)
     memory = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                  "-m", "megatron_antisd.train", str(config), *overrides], threads=threads)
+                  "-m", "megatron_antisd.train", str(config), *overrides], threads=threads, watch_memory=watch_memory)
     return read_metrics(directory), memory
 
 

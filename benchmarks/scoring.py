@@ -22,16 +22,16 @@ from benchmarks.workload import WORKLOADS, make_inputs, write_config
 PADDING, MISMATCH, RESIDENT = 0.01, 1e-4, 8e9
 
 
-def measure(shape: str, config: Path | None, overrides: Sequence[str], output: Path) -> tuple[list[dict[str, Any]], Memory]:
+def measure(shape: str, config: Path | None, overrides: Sequence[str], output: Path) -> tuple[list[dict[str, Any]], Memory | None]:
     """A run of `config`, or of the shape's inputs, in a directory of its own."""
     directory = (output / f"scoring-{shape if config is None else config.stem}").absolute()
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
-        return train(config, directory / "run", overrides=[*overrides, f"run.directory={directory / 'run'}"])
+        return train(config, directory / "run", watch_memory=True, overrides=[*overrides, f"run.directory={directory / 'run'}"])
     make_inputs(WORKLOADS[shape], directory)
     config = write_config(WORKLOADS[shape], directory, "run", "antisd")
     # Responses end where they end: only uneven rows need padding at all.
-    return train(config, directory / "run", overrides=["rollout.ignore_eos=false", *overrides])
+    return train(config, directory / "run", watch_memory=True, overrides=["rollout.ignore_eos=false", *overrides])
 
 
 def largest(rows: Sequence[dict[str, Any]], key: str) -> float:
