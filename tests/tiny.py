@@ -36,11 +36,13 @@ def make_checkpoint(directory: Path, *, moe: bool, seed: int = 0, tied: bool = F
 
 
 def make_views(count: int = 8, seed: int = 0, vocab: int = VOCAB) -> tuple[ScoringView, ...]:
-    """Views of uneven prompt and response lengths."""
+    """Views of uneven prompt and response lengths; the first three prompts begin alike, the next two are the same."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
         length = int(torch.randint(low, high, (), generator=generator))
         return tuple(torch.randint(0, vocab, (length,), generator=generator).tolist())
 
-    return tuple(ScoringView(prompt_ids=ids(1, 20), response_ids=ids(1, 30)) for _ in range(count))
+    trunk, prompt = ids(12, 20), ids(5, 20)
+    prompts = [*(trunk + ids(1, 5) for _ in range(3)), prompt, prompt, *(ids(1, 20) for _ in range(count))]
+    return tuple(ScoringView(prompt_ids=prompts[i], response_ids=ids(1, 30)) for i in range(count))

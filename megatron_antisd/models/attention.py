@@ -1,8 +1,9 @@
 """Packed causal attention on torch, with and without a key/value cache.
 
 Megatron's own torch attention refuses packed sequences. Here a row of T tokens holds many sequences end to end
-(`PackedSequences`); rotary positions restart at every sequence and no sequence sees another. Inside the attention alone the
-sequences are laid out as a few right-padded batches of similar length, so the kernel is plain causal SDPA without a mask.
+(`PackedSequences`); rotary positions restart at every sequence and no sequence sees another, except that a sequence may continue an
+earlier one: the responses to one prompt, say, which then passes through the model once. Inside the attention alone the sequences are laid
+out as a few right-padded batches of similar length, so the kernel is plain causal SDPA (for continuations, with the diagonal at the lower right).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass
@@ -34,20 +36,30 @@ class KeyValueCache:
         return self.layers[layer]
 
 
+@dataclass(frozen=True)
+class AttentionBatch:
+    """n sequences of up to L tokens as row indices; padding repeats a sequence's last token."""
+
+    query: torch.Tensor
+    """[n, L]."""
+    before: torch.Tensor | None
+    """[n, P]: the sequences that these continue, all of P tokens; None where they begin themselves."""
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
     """How a row of T tokens divides into sequences; travels through Megatron as its `packed_seq_params`.
 
-    `qkv_format` is deliberately not "thd": Megatron then treats the row as [T, batch 1, ...] and applies the rotary
-    frequencies token by token, which `PackedRotary` gathers for `positions`.
+    `qkv_format` is deliberately not "thd": Megatron then treats the row as [T, batch 1, ...].
     """
 
     positions: torch.Tensor = None
     """[T] position of each token in its own sequence."""
-    batches: tuple[torch.Tensor, ...] = ()
-    """Each [n, L]: row indices of n sequences of up to L tokens; padding repeats a sequence's last token."""
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosine and sine of each token's angles, both [T, 1, head_dim / 2]; `PackedRotary` sets them."""
+    batches: tuple[AttentionBatch, ...] = ()
     unpack: torch.Tensor = None
-    """[T]: where token t stands in the concatenation of all flattened batches."""
+    """[T]: where token t stands in the concatenation of all batches' flattened queries."""
     cache: KeyValueCache | None = None
     slot: torch.Tensor | None = None
     """[T] cache slot of each token, -1 for none; with a cache only."""
@@ -55,68 +67,105 @@ class PackedSequences(PackedSeqParams):
     """One new token per sequence, attending to the cache."""
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25) -> PackedSequences:
-        """Lay out sequences of `lengths`. `waste`: largest share of padding tolerated inside an attention batch."""
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25,
+           continues: Sequence[int | None] | None = None) -> PackedSequences:
+        """Lay out sequences of `lengths`. `waste`: largest share of padding tolerated inside an attention batch. `continues`: for each
+        sequence the number of the one that it goes on from, which must itself begin at position 0; None for a beginning."""
+        parents = [None] * len(lengths) if continues is None else list(continues)
+        before = [0 if parent is None else lengths[parent] for parent in parents]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-        groups: list[list[int]] = []
-        for index in order:
-            # Ascending lengths: the newcomer sets the width; open a new batch when padding would exceed `waste`.
-            if groups:
-                members = [*groups[-1], index]
-                if sum(lengths[i] for i in members) >= (1 - waste) * lengths[index] * len(members):
-                    groups[-1].append(index)
-                    continue
-            groups.append([index])
-        total = sum(lengths)
-        unpack = torch.empty(total, dtype=torch.int64)
+        unpack = torch.empty(sum(lengths), dtype=torch.int64)
         batches, offset = [], 0
-        for group in groups:
-            width = lengths[group[-1]]
-            span = torch.arange(width)
+        for group in _similar(lengths, before, waste):
+            span = torch.arange(max(lengths[i] for i in group))
             size = torch.tensor([lengths[i] for i in group])[:, None]
-            begin = starts[group][:, None]
-            index = begin + torch.minimum(span, size - 1)
-            batches.append(index.to(device))
-            flat = offset + torch.arange(index.numel()).view_as(index)
+            query = starts[group][:, None] + torch.minimum(span, size - 1)
+            trunks = [parents[i] for i in group if parents[i] is not None]
+            trunk = (starts[trunks][:, None] + torch.arange(before[group[0]])).to(device) if trunks else None
+            batches.append(AttentionBatch(query.to(device), trunk))
+            flat = offset + torch.arange(query.numel()).view_as(query)
             valid = span < size
-            unpack[index[valid]] = flat[valid]
-            offset += index.numel()
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        longest = max(lengths)
+            unpack[query[valid]] = flat[valid]
+            offset += query.numel()
+        positions = torch.cat([torch.arange(first, first + n) for first, n in zip(before, lengths, strict=True)])
+        longest = int(positions.max()) + 1
         return PackedSequences(
             qkv_format="packed", positions=positions.to(device), batches=tuple(batches), unpack=unpack.to(device),
             max_seqlen_q=longest, max_seqlen_kv=longest,
         )
 
 
-class PackedRotary(torch.nn.Module):
-    """Rotary frequencies per token from `PackedSequences.positions`; takes the place of Megatron's rotary module."""
+def _similar(lengths: Sequence[int], before: Sequence[int], waste: float) -> list[list[int]]:
+    """Numbers of the sequences in groups of equal `before` and lengths so near that padding to the longest wastes at most `waste`."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (before[i], lengths[i])):
+        if groups and before[groups[-1][0]] == before[index]:
+            # Ascending lengths: the newcomer sets the width; open a new batch when padding would exceed `waste`.
+            members = [*groups[-1], index]
+            if sum(lengths[i] for i in members) >= (1 - waste) * lengths[index] * len(members):
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    return groups
 
-    def __init__(self, head_dim: int, base: float) -> None:
+
+class PackedRotary(torch.nn.Module):
+    """Cosines and sines of a row, once for all layers; takes the place of Megatron's rotary module.
+
+    They are left in the `PackedSequences` for `PackedAttention`, which turns queries and keys itself: Megatron's own way takes cosine and sine
+    anew in every layer and copies each tensor several times.
+    """
+
+    def __init__(self, head_dim: int, base: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.inv_freq = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self._dtype = dtype
 
     def get_rotary_seq_len(self, inference_context: Any, decoder: Any, x: Any, config: Any, packed: PackedSequences) -> PackedSequences:
         """Megatron asks for a length and hands the answer to `forward`; the packing itself is what is needed there."""
         return packed
 
-    def forward(self, packed: PackedSequences, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
-        """[T, 1, 1, head_dim] float32 angles, the halves repeated (not interleaved)."""
+    def forward(self, packed: PackedSequences, packed_seq: bool = False, cp_group: Any = None) -> None:
+        """Sets `packed.rotation`; None tells Megatron that there is nothing left to turn."""
         self.inv_freq = self.inv_freq.to(packed.positions.device)
-        angles = packed.positions[:, None].float() * self.inv_freq
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        angles = packed.positions[:, None].float() * self.inv_freq  # in float32, whatever the model's dtype
+        packed.rotation = (angles.cos().to(self._dtype)[:, None], angles.sin().to(self._dtype)[:, None])
+
+
+class _Rotate(torch.autograd.Function):
+    """x [T, heads, d] with its halves (a, b) -> (a cos - b sin, b cos + a sin). The backward pass turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x, cosine, sine, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _turn(gradient, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sign: int) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    torch.mul(x[..., :half], cosine, out=out[..., :half])
+    torch.mul(x[..., half:], cosine, out=out[..., half:])
+    out[..., :half].addcmul_(x[..., half:], sine, value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sine, value=sign)
+    return out
 
 
 class PackedAttention(DotProductAttention):
-    """Core attention on SDPA for `PackedSequences`. query [T, 1, heads/tp, d], key and value [T, 1, groups/tp, d] -> [T, 1, heads/tp * d]."""
+    """Rotary positions and core attention on SDPA for `PackedSequences`. query [T, 1, heads/tp, d], key and value
+    [T, 1, groups/tp, d] -> [T, 1, heads/tp * d]."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None,
                 attn_mask_type: Any = None, attention_bias: Any = None,
                 packed_seq_params: PackedSequences | None = None) -> torch.Tensor:
         if not isinstance(packed_seq_params, PackedSequences):
             raise TypeError(f"packed attention needs PackedSequences, got {type(packed_seq_params).__name__}")
-        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        q, k = (_Rotate.apply(x.squeeze(1), *packed_seq_params.rotation) for x in (query, key))
+        v = value.squeeze(1)
         if packed_seq_params.cache is not None:
             self._remember(k, v, packed_seq_params)
         out = self._decode(q, packed_seq_params) if packed_seq_params.decode else self._packed(q, k, v, packed_seq_params)
@@ -124,9 +173,12 @@ class PackedAttention(DotProductAttention):
 
     def _packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         outputs = []
-        for index in packed.batches:
-            batch = (x[index].transpose(1, 2) for x in (q, k, v))  # [n, heads, L, d]
-            out = F.scaled_dot_product_attention(*batch, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
+        for batch in packed.batches:
+            key = batch.query if batch.before is None else torch.cat([batch.before, batch.query], dim=1)
+            tensors = [x[index].transpose(1, 2) for x, index in ((q, batch.query), (k, key), (v, key))]  # [n, heads, L or P + L, d]
+            # A continuation's last query sees the last key. A bias of this kind keeps the fused kernels on GPUs.
+            mask = {"is_causal": True} if batch.before is None else {"attn_mask": causal_lower_right(batch.query.shape[1], key.shape[1])}
+            out = F.scaled_dot_product_attention(*tensors, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1], **mask)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[packed.unpack]
 

@@ -173,7 +173,7 @@ def build_model(description: ModelDescription, model: ModelConfig, parallel: Par
         position_embedding_type="rope",
         rotary_base=description.rope_base,
     )
-    chunk.rotary_pos_emb = PackedRotary(head_dim(description.hf), description.rope_base)
+    chunk.rotary_pos_emb = PackedRotary(head_dim(description.hf), description.rope_base, config.params_dtype)
     _mark_expert_parameters(chunk)
     return [chunk if torch.cuda.is_available() is False else chunk.cuda()]
 

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_antisd.algorithm import clipped_surrogate, token_advantage, token_weights
 from megatron_antisd.config import RunConfig
-from megatron_antisd.data.packing import MicroBatch, input_length, pack, plan_micro_batches
+from megatron_antisd.data.packing import MicroBatch, bundle_views, pack, plan_micro_batches
 from megatron_antisd.models.attention import PackedSequences
 from megatron_antisd.models.build import ModelDescription, build_model
 from megatron_antisd.parallel.layout import ProcessLayout
@@ -104,7 +104,7 @@ class Trainer:
         """[T] token ids -> [T, H] final hidden states on the last pipeline stage, None elsewhere; no gradient. For the in-process sampler.
         T is a multiple of the tensor-parallel size; with experts every rank of the world must call it equally often."""
         none = torch.empty(0, dtype=torch.int64)
-        micro = MicroBatch(indices=(), input_ids=input_ids, lengths=(len(input_ids),), predicting=none, targets=none, padding=0)
+        micro = MicroBatch(indices=(), input_ids=input_ids, lengths=(len(input_ids),), continues=(None,), predicting=none, targets=none, padding=0)
         self.model.eval()
         with torch.no_grad():
             results = self._run_rows([(micro, packed)], lambda _, hidden: (self._whole_row(hidden),), forward_only=True)
@@ -114,16 +114,18 @@ class Trainer:
 
     def _plan(self, views: Sequence[ScoringView], limit: int) -> _Plan:
         lengths = tuple(len(view.response_ids) for view in views)
-        plan = plan_micro_batches([input_length(v) for v in views], self.layout.data_size, limit)
+        bundles = bundle_views(views, self.layout.data_size, limit)
+        costs = [bundle.cost(views) for bundle in bundles]
+        plan = plan_micro_batches(costs, self.layout.data_size, limit)
         tp = self.layout.tensor_size
-        mine = tuple(pack(views, indices, multiple=tp) for indices in plan[self.layout.data_rank])
-        rows = [sum(input_length(views[i]) for i in row) for rank in plan for row in rank]
+        mine = tuple(pack(views, [bundles[b] for b in row], multiple=tp) for row in plan[self.layout.data_rank])
+        rows = [sum(costs[b] for b in row) for rank in plan for row in rank]
         padding = sum(-row % tp for row in rows)
         offsets = tuple(torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist())
         return _Plan(micro_batches=mine, offsets=offsets, lengths=lengths, padding_share=padding / (sum(rows) + padding))
 
     def _run(self, plan: _Plan, consume: Callable[[MicroBatch, torch.Tensor], tuple[Any, ...]], forward_only: bool) -> list[tuple[Any, ...]]:
-        rows = [(micro, PackedSequences.of(micro.lengths, self.layout.device)) for micro in plan.micro_batches]
+        rows = [(micro, PackedSequences.of(micro.lengths, self.layout.device, continues=micro.continues)) for micro in plan.micro_batches]
         return self._run_rows(rows, consume, forward_only)
 
     def _run_rows(self, rows: list[tuple[MicroBatch, PackedSequences]], consume: Callable[[MicroBatch, torch.Tensor], tuple[Any, ...]],

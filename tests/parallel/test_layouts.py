@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from tiny import make_checkpoint, make_views
 
 SCRIPT = Path(__file__).with_name("layout_ranks.py")
-SCORE, LOSS, WEIGHT, GRADIENT = 2e-5, 2e-5, 5e-5, 1e-4
+SCORE, LOSS, GRADIENT = 2e-5, 2e-5, 1e-4
+# Adam divides by a gradient's own size, so an element whose gradient is all rounding may move by a part of lr = 1e-3: of the largest little is asked.
+WEIGHT, WEIGHT_MEAN = 5e-4, 3e-7
 STEPS = 3
 
 LAYOUTS = {
@@ -135,7 +137,8 @@ def test_layout_equals_one_rank(references: dict, tmp_path: Path, name: str) -> 
         theirs = reference["gradients"][key]
         assert (gradient - theirs).norm() <= GRADIENT * theirs.norm().clamp(min=1e-6), key
     for key, tensor in result["weights"].items():
-        assert (tensor - reference["weights"][key]).abs().max() < WEIGHT, key
+        difference = (tensor - reference["weights"][key]).abs()
+        assert difference.max() < WEIGHT and difference.mean() < WEIGHT_MEAN, f"{key}: {difference.max():.1e}, mean {difference.mean():.1e}"
     assert result["padding"] < 0.02
 
 
@@ -156,5 +159,5 @@ def test_reference_moves(references: dict) -> None:
     """The comparisons above mean something only if the steps change the weights by more than the tolerance."""
     for checkpoint, reference in references.values():
         assert json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"] == 4
-        moved = [(t - reference["loaded"][n]).abs().max() for n, t in reference["weights"].items()]
-        assert min(moved) > 10 * WEIGHT
+        moved = [(t - reference["loaded"][n]).abs() for n, t in reference["weights"].items()]
+        assert min(m.max() for m in moved) > 4 * WEIGHT and min(m.mean() for m in moved) > 500 * WEIGHT_MEAN
