@@ -1,7 +1,7 @@
 """Our step against TRL's GRPOTrainer on the same work: `python -m benchmarks.against_trl [--rounds 1] [--threads 2]`.
 
 TRL generates with transformers, what its user has on one machine without a server. Both get the same checkpoint, problems, batch, fixed response
-length, reward, learning rate and number of threads: TRL one process with all of them, ours one process a thread (TP, EP). Goals:
+length, reward, learning rate and number of threads: TRL one process with all of them, ours one data-parallel rank a thread. Goals:
 our GRPO step at least 2 times, our AntiSD step at least 1.5 times as fast. Needs `pip install -e .[bench]`.
 """
 
@@ -23,7 +23,7 @@ GOALS = {"grpo": 2.0, "antisd": 1.5}
 
 def our_seconds(workload: Workload, directory: Path, method: str, threads: int, steps: int) -> list[float]:
     """Seconds of the steps that count of one of our runs: `threads` processes of one thread."""
-    config = write_config(workload, directory, method, method, processes=threads, steps=steps)
+    config = write_config(workload, directory, method, method, model_parallel_size=1, steps=steps)
     counted = train(config, directory / method, processes=threads)[0][workload.warm_up :]
     check_work(workload, method, counted)
     return [row["seconds_total"] for row in counted]

@@ -70,14 +70,15 @@ def make_inputs(workload: Workload, directory: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def write_config(workload: Workload, directory: Path, name: str, method: str, *, processes: int = 2, steps: int | None = None) -> Path:
-    """The configuration of one run in `directory/name`. On two processes it has the quickstart's layout: TP2 with sequence
-    parallelism, EP2, ETP1."""
+def write_config(workload: Workload, directory: Path, name: str, method: str, *, model_parallel_size: int = 2, steps: int | None = None) -> Path:
+    """The configuration of one run in `directory/name`. `model_parallel_size` 2 is the quickstart's layout: TP2 with sequence parallelism, EP2,
+    ETP1; 1 leaves data parallelism alone."""
     config: dict[str, Any] = {
         "run": {"name": name, "directory": str(directory / name), "steps": workload.warm_up + (steps or workload.steps)},
         "model": {"path": str(directory / "checkpoint"), "dtype": "float32"},
         "data": {"train": [str(directory / "problems.jsonl")]},
-        "parallel": {"tensor_parallel_size": processes, "expert_parallel_size": processes, "expert_tensor_parallel_size": 1, "timeout_seconds": 300},
+        "parallel": {"tensor_parallel_size": model_parallel_size, "expert_parallel_size": model_parallel_size, "expert_tensor_parallel_size": 1,
+                     "timeout_seconds": 300},
         "algorithm": {"method": method},
         # One warm-up step, then lambda > 0 for good: the steps that count pay for the whole method.
         "gate": {"mode": "always", "warmup_steps": 1},

@@ -112,7 +112,10 @@ class WeightStream:
         shards = torch.empty(size, numel, dtype=dtype, device=layout.device)
         if first.stage == layout.pipeline_rank:
             flat = torch.cat([source(self._local[(e.weight.megatron, e.layer, e.local_expert)]).flatten() for e in bucket])
-            dist.all_gather_into_tensor(shards.view(-1), flat, group=group)
+            if size == 1:
+                shards = flat[None]  # a collective of one rank would copy it all the same
+            else:
+                dist.all_gather_into_tensor(shards.view(-1), flat, group=group)
         if layout.pipeline_size > 1:
             dist.broadcast(shards, src=dist.get_global_rank(layout.pipeline, first.stage), group=layout.pipeline)
         return shards
