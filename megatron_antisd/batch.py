@@ -47,6 +47,10 @@ def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], sco
         return TeacherScores(log_prob=log_prob, mask=mask, entropy=torch.empty(0), missing=missing)
     if scores.lengths != expected:
         raise ValueError(f"teacher scores have response lengths {scores.lengths}, the rollouts {expected}")
+    if not scores.log_prob.isfinite().all():
+        broken = int((~scores.log_prob.isfinite()).nonzero()[0])
+        raise ValueError(f"the teacher's log-prob of its response token {broken} of {len(scores.log_prob)} is {scores.log_prob[broken]}; "
+                         "the weights or the logits are not finite")
     log_prob[mask] = scores.log_prob
     return TeacherScores(log_prob=log_prob, mask=mask, entropy=scores.entropy, missing=missing)
 

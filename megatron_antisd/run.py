@@ -23,7 +23,7 @@ from megatron_antisd.config import ConfigError, RunConfig, dump_config, rules
 from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError, load_problems
 from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.records import Problem
-from megatron_antisd.rollout.engine import Engine, Sampling
+from megatron_antisd.rollout.engine import Engine, EngineError, Sampling
 from megatron_antisd.rollout.probe import DEFAULT_LIMIT, ProbeResult, SyncProbe, synchronise
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-SETUP_ERRORS = (ConfigError, ProblemDataError, PromptError, GradingError)
+SETUP_ERRORS = (ConfigError, ProblemDataError, PromptError, GradingError, EngineError)
 """What `load_config` and `build_run` raise for bad input; the message says it all."""
 
 
@@ -99,7 +99,7 @@ def build_run(config: RunConfig) -> Run:
     world = int(_environment("WORLD_SIZE", "1"))
     model = _model_config(config)
     rules.check(config, model, world)
-    tokenizer = _load_tokenizer(config.model.path)
+    tokenizer = _load_tokenizer(config.model.path, model["vocab_size"])
     problems = load_problems(config.data.train)
     benchmarks = {b.name: load_problems([b.path]) for b in config.evaluation.benchmarks}
     context = rules.max_context(config, model)
@@ -139,7 +139,8 @@ def _build_engine_and_trainer(config: RunConfig, context: int) -> tuple[Engine, 
     if config.rollout.engine == "vllm":
         from megatron_antisd.rollout.vllm_engine import VllmEngine
 
-        engine = VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=context)
+        engine = VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=context,
+                            timeout_seconds=config.parallel.timeout_seconds)
     from megatron_antisd.compat import megatron_cpu
 
     megatron_cpu.install()
@@ -157,7 +158,18 @@ def _build_engine_and_trainer(config: RunConfig, context: int) -> tuple[Engine, 
 
 
 def _restore(run: Run) -> Run:
-    """Continue this run's newest checkpoint, or start from another run's (`checkpoint.continual_from`)."""
+    """Continue this run's newest checkpoint, or start from another run's (`checkpoint.continual_from`). Raises ConfigError where it belongs to
+    another model, data set or configuration."""
+    from megatron_antisd.checkpoint import CheckpointError
+
+    try:
+        return _load_state(run)
+    except (CheckpointError, ValueError) as error:
+        key = "resume" if run.config.checkpoint.continual_from is None else "continual_from"
+        raise error if isinstance(error, ConfigError) else ConfigError(f"checkpoint.{key}: {error}") from error
+
+
+def _load_state(run: Run) -> Run:
     import dataclasses
 
     from megatron_antisd.checkpoint import latest_checkpoint, load_checkpoint
@@ -215,10 +227,15 @@ def _model_config(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f"model.path: {path} is not valid JSON: {error}") from error
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ConfigError(f"model.path: the tokenizer in {path} has ids up to {largest}, but the model's vocab_size is {vocab_size}; "
+                          "the two do not belong together")
+    return tokenizer
 
 
 def _stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[int, ...]:

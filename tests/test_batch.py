@@ -156,6 +156,10 @@ def test_teacher_scores_that_do_not_fit_are_refused(groups: list[RolloutGroup]) 
         batching.lay_out_teacher(lengths, privileged(groups), None)
     with pytest.raises(ValueError, match="teacher scores have response lengths"):
         batching.lay_out_teacher(lengths, privileged(groups), scores_of([lengths[0] + 1, *lengths[1:]]))
+    scores = scores_of(lengths)
+    scores.log_prob[3] = float("-inf")
+    with pytest.raises(ValueError, match=r"the teacher's log-prob of its response token 3 of \d+ is -inf"):
+        batching.lay_out_teacher(lengths, privileged(groups), scores)
     with pytest.raises(ValueError, match="teacher scores have response lengths"):
         batching.lay_out_teacher(lengths, privileged(groups, without=(3,)), scores_of(lengths))
     with pytest.raises(ValueError):

@@ -18,6 +18,7 @@ MINIMAL = {"model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
 MOE = {
     "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "num_experts": 8, "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
 }  # fmt: skip
 DENSE = {**{k: v for k, v in MOE.items() if k not in ("num_experts", "moe_intermediate_size")}, "model_type": "qwen3"}
 
@@ -223,6 +224,12 @@ BROKEN = {
     "experts": ([f"{EP}=3"], MOE, 3, [f"num_experts=8, must be divisible by {EP}=3"]),
     "expert width": ([f"{ETP}=5"], MOE, 5, [f"moe_intermediate_size=48, must be divisible by {ETP}=5"]),
     "experts of a dense model": ([f"{EP}=2", f"{ETP}=2"], DENSE, 4, [f"{EP}=2 needs a mixture-of-experts", f"{ETP}=2 needs", "'qwen3'"]),
+    "attention bias": ([], {**DENSE, "attention_bias": True}, 1, ["attention_bias=true is not supported for qwen3"]),
+    "sliding window": ([], {**DENSE, "use_sliding_window": True}, 1, ["use_sliding_window=true"]),
+    "rope": ([], {**DENSE, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 1, ["rope type 'yarn' is not supported"]),
+    "rope of transformers 5": ([], {**DENSE, "rope_parameters": {"rope_type": "linear"}}, 1, ["rope type 'linear' is not supported"]),
+    "sparse and dense layers": ([], {**MOE, "mlp_only_layers": [1], "decoder_sparse_step": 2}, 1, ["mlp_only_layers", "decoder_sparse_step"]),
+    "router weights": ([], {**MOE, "norm_topk_prob": False}, 1, ["norm_topk_prob=false"]),
     "model type": ([], {**DENSE, "model_type": "llama"}, 1, ["'llama' is not supported", "qwen3, qwen3_moe"]),
     "keys of the model": ([], {"model_type": "qwen3_moe", "hidden_size": 8}, 1, ["lacks intermediate_size", "head_dim", "num_experts"]),
     "response fills the context": (["rollout.max_new_tokens=256"], MOE, 1,

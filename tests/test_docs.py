@@ -24,7 +24,7 @@ WRITTEN_LATER = {"docs/quickstart.png"}  # by a person, from a run
 
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "norm_topk_prob": True, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     "max_position_embeddings": 40960, "vocab_size": 151936,
 }
 

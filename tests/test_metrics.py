@@ -194,6 +194,14 @@ def test_new_run_moves_an_old_one_aside(tmp_path: Path, caplog: pytest.LogCaptur
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
 
 
+def test_new_run_does_not_inherit_checkpoints(tmp_path: Path) -> None:
+    """Or a later resume would take the earlier run's, at a step that this run has not reached."""
+    (tmp_path / "checkpoints/step_000080").mkdir(parents=True)
+    with open_writer(tmp_path) as writer:
+        train(writer, range(0, 1))
+    assert not (tmp_path / "checkpoints").exists() and (tmp_path / "checkpoints.old-1/step_000080").is_dir()
+
+
 def test_other_ranks_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_writer(tmp_path / "rank1", is_writer=False, config=LoggingConfig(wandb_project="never-opened")) as writer:
         train(writer, range(0, 3))

@@ -219,9 +219,13 @@ def test_no_paths_of_one_machine() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_commands_are_executable_and_parse() -> None:
-    for name in ("tests/run.sh", "tools/setup_env.sh", ".ci/run"):
-        path = ROOT / name
-        assert path.stat().st_mode & 0o111, f"chmod +x {name}"
-        done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("name", ["tests/run.sh", "tools/setup_env.sh", ".ci/run"])
+def test_command_is_executable(name: str) -> None:
+    assert (ROOT / name).stat().st_mode & 0o111, f"chmod +x {name}"
+
+
+@pytest.mark.parametrize("name", ["tests/run.sh", "tools/setup_env.sh", ".ci/run", "examples/quickstart/run.sh", "examples/quickstart/compare.sh",
+                                  "examples/dapo/run.sh"])
+def test_command_parses(name: str) -> None:
+    done = subprocess.run(["bash", "-n", str(ROOT / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

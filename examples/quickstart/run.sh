@@ -8,7 +8,7 @@ name="quickstart"; [ "$method" = antisd ] || name="quickstart-$method"
 run="runs/$name"
 
 bash tools/setup_env.sh
-source .venv/bin/activate
+source "${ANTISD_VENV:-.venv}/bin/activate"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 python -m examples.quickstart.prepare runs/quickstart-inputs

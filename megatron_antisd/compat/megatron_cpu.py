@@ -1,7 +1,8 @@
 """Megatron-Core 0.16.1 on a machine without a GPU (gloo). Every repair states the upstream behaviour it answers.
 
-`install()` is a no-op where CUDA is there. Call it after the process group and any vLLM engine exist, and before the first
-Megatron module is built: vLLM inspects `torch.cuda` while it starts and must see the truth.
+Where CUDA is there, `install()` makes only the one repair that has nothing to do with it (`_router_gemm`). Call it after the process
+group and any vLLM engine exist, and before the first Megatron module is built: vLLM inspects `torch.cuda` while it starts and must
+see the truth.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class _NoStream:
 def install() -> None:
     """Apply all repairs once. Raises RuntimeError on another Megatron-Core version (private functions are replaced)."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        _router_gemm()
         return
     import megatron.core
 
@@ -111,7 +115,7 @@ def _random_state() -> None:
 
 
 def _router_gemm() -> None:
-    """Without transformer-engine `te_general_gemm` is an undefined name on the router's path."""
+    """Without transformer-engine `te_general_gemm` is an undefined name on the router's path, with a GPU and without."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):

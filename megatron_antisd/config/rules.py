@@ -80,6 +80,7 @@ def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: in
     # transformers 5 writes the number of experts of Qwen3-MoE as num_local_experts; earlier releases as num_experts.
     model = {**model, "num_experts": model.get("num_experts", model.get("num_local_experts"))}
     moe = model_type == "qwen3_moe"
+    yield from _architecture_problems(model, moe=moe)
     missing = [key for key in (*MODEL_KEYS, *(MOE_KEYS if moe else ())) if model.get(key) is None]
     if missing:
         yield f"model.path: config.json lacks {', '.join(missing)}; they are needed to check the layout"
@@ -89,6 +90,20 @@ def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: in
     yield from _length_problems(config, model)
     if config.rollout.engine == "vllm":
         yield from _vllm_problems(config, model, moe=moe, cpu=cpu)
+
+
+def _architecture_problems(model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
+    """What a config.json of a supported family can ask for and this version does not build."""
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    unsupported = {"attention_bias=true": model.get("attention_bias"), "use_sliding_window=true": model.get("use_sliding_window"),
+                   f"rope type {kind!r}": kind != "default"}
+    if moe:
+        unsupported |= {"norm_topk_prob=false": not model.get("norm_topk_prob", False), "mlp_only_layers": model.get("mlp_only_layers"),
+                        "decoder_sparse_step other than 1": model.get("decoder_sparse_step", 1) != 1}
+    for what, present in unsupported.items():
+        if present:
+            yield f"model.path: {what} is not supported for {model['model_type']} by this version"
 
 
 def _model_ranks(config: RunConfig) -> int:
@@ -229,7 +244,7 @@ def _model_file_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _package_problems(config: RunConfig) -> Iterator[str]:
-    if config.rollout.engine == "vllm" and config.debug.load_rollouts is None and not _has("vllm"):
+    if config.rollout.engine == "vllm" and not _has("vllm"):
         yield "rollout.engine=vllm: vLLM is not installed; run tools/setup_env.sh, or set rollout.engine=megatron"
     if config.optimizer.backend == "te" and not _has("transformer_engine"):
         yield "optimizer.backend=te: transformer-engine is not installed; pip install 'megatron_antisd[te]', or set optimizer.backend=torch"

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of trainer and engine. Main weights, gradients and log-probs are fp32 in any case."""
     spec: Literal["local", "te"] = "local"
-    """Layer implementation: torch only, or transformer-engine where it is installed."""
+    """Layer implementation: `local` is torch only. `te`, transformer-engine's layers, is refused by this version."""
     recompute: Literal["none", "full"] = "none"
     """Activation recompute of whole layers."""
 
@@ -46,7 +46,7 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = True
     """Shard main weights and moments over data-parallel ranks."""
     timeout_seconds: int = Field(600, ge=10)
-    """Time-out of every collective."""
+    """Time-out of collectives, and of a rank's wait for the slowest one in the rollout engine; Megatron's groups round it up to minutes."""
 
 
 class OptimizerConfig(Section):

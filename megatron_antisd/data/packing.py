@@ -71,12 +71,34 @@ def bundle_views(views: Sequence[ScoringView], data_parallel_size: int, limit: i
     order = sorted(range(len(views)), key=lambda i: (views[i].prompt_ids, i))
     bundles = [Bundle(indices=tuple(sorted(order[start:end])), trunk=trunk) for start, end, trunk in _best_runs([views[i] for i in order], bound)]
     while len(bundles) < min(data_parallel_size, len(views)):
-        largest = max(range(len(bundles)), key=lambda b: len(bundles[b].indices))
-        whole = bundles[largest]
-        middle = len(whole.indices) // 2
-        bundles[largest : largest + 1] = [Bundle(indices=part, trunk=whole.trunk if len(part) > 1 else 0)
-                                          for part in (whole.indices[:middle], whole.indices[middle:])]
+        bundles = _divide_largest(bundles)
     return sorted(bundles, key=lambda bundle: bundle.indices)
+
+
+def plan_bundles(views: Sequence[ScoringView], data_parallel_size: int, limit: int) -> tuple[list[Bundle], list[list[tuple[int, ...]]]]:
+    """Bundles, and which of them each data-parallel rank's micro-batches hold ([data_parallel_size][n_micro] tuples of bundle numbers).
+
+    Ranks run equally many micro-batches, so a number of bundles that does not divide by the ranks can leave some stacked beyond `limit`; then
+    bundles are divided until they fit, at the price of a trunk computed twice. Only a single longer view exceeds `limit`, where the number
+    of views divides by the ranks. Deterministic.
+    """
+    bundles = bundle_views(views, data_parallel_size, limit)
+    while True:
+        costs = [bundle.cost(views) for bundle in bundles]
+        plan = plan_micro_batches(costs, data_parallel_size, limit)
+        fits = all(len(row) == 1 or sum(costs[b] for b in row) <= limit for rank in plan for row in rank)
+        if fits or len(bundles) == len(views):
+            return bundles, plan
+        bundles = sorted(_divide_largest(bundles), key=lambda bundle: bundle.indices)
+
+
+def _divide_largest(bundles: Sequence[Bundle]) -> list[Bundle]:
+    """The bundle of most views in two halves; there must be one of several."""
+    largest = max(range(len(bundles)), key=lambda b: len(bundles[b].indices))
+    whole = bundles[largest]
+    middle = len(whole.indices) // 2
+    halves = [Bundle(indices=part, trunk=whole.trunk if len(part) > 1 else 0) for part in (whole.indices[:middle], whole.indices[middle:])]
+    return [*bundles[:largest], *halves, *bundles[largest + 1 :]]
 
 
 def _best_runs(views: Sequence[ScoringView], bound: int) -> list[tuple[int, int, int]]:

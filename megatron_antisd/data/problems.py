@@ -10,10 +10,10 @@ Accepted rows (columns of a Parquet file, keys of a JSON object; other keys are 
     question  question: text          answer                       solution?   id?                               source?
     prompt    prompt: text            answer                       solution?   id?                               source?
 
-`verl` is how DAPO-Math-17k is published: about 100 copies of each row, and around each problem an instruction to end on
-"Answer: ...", which contradicts a grader of boxed answers. Copies are dropped; the instruction is taken off (what the student
-is told stands in `data.prompt_template`); a text that occurs with different answers is dropped altogether, since at least one
-answer is wrong. All three are counted in the log. A row without an id gets `<file name>:<row>`; rows count from 1.
+`verl` is how DAPO-Math-17k is published: 17,917 rows, which the file on Hugging Face repeats about 100 times, and around each problem
+an instruction to end on "Answer: ...", which contradicts a grader of boxed answers. Copies are dropped; the instruction is taken
+off (what the student is told stands in `data.prompt_template`); a text that occurs with different answers is dropped altogether,
+since at least one answer is wrong. All three are counted in the log. A row without an id gets `<file name>:<row>`; rows count from 1.
 
 `ProblemSampler` is deterministic, endless and resumable at any point. Its randomness is a hash of (seed, epoch, problem id)
 rather than a library's generator: the same on every machine, version and rank, without a stream whose state must be saved.
@@ -111,7 +111,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number, row as a dict), in batches: DAPO-Math-17k as published has 1.8 million rows. Other columns are not read."""
+    """(row number, row as a dict), in batches: DAPO-Math-17k's file repeats its 17,917 rows about 100 times. Other columns are not read."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             used = {"id", "answer", "solution", "source", "reward_model", "extra_info", "data_source", *TEXT_KEYS}

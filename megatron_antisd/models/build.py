@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_antisd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_antisd.models import qwen3
-from megatron_antisd.models.attention import PackedAttention, PackedRotary, PackedSequences
+from megatron_antisd.models.attention import PackedAttention, PackedRotary
+from megatron_antisd.models.experts import Experts
 from megatron_antisd.models.weight_map import Geometry, Weight
 
 FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3, "qwen3_moe": qwen3}
@@ -49,8 +50,6 @@ def describe(model_dir: str | Path, tensor_parallel_size: int) -> ModelDescripti
     if family is None:
         raise ConfigError(f"model.path: model_type {hf.get('model_type')!r} is not supported; supported are {sorted(FAMILIES)}")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"model.path: rope type {rope['rope_type']!r} is not supported for {hf['model_type']}")
     vocab = hf["vocab_size"]
     return ModelDescription(
         hf=hf,
@@ -83,10 +82,6 @@ class PolicyModel(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
-
-    def run(self, input_ids: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-        """[T] token ids (ignored past the first stage) -> hidden states."""
-        return self(input_ids[None], None, None, packed_seq_params=packed)
 
     def output_weight(self) -> torch.Tensor:
         """[V_padded/tp, H]; the embedding where the two are tied."""
@@ -148,6 +143,8 @@ def local_layer_spec(experts: int | None) -> ModuleSpec:
     """Megatron's torch-only layer with our norm and our packed attention."""
     spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
     layer = spec.submodules
+    if experts:
+        layer.mlp.submodules.experts.module = Experts
     layer.input_layernorm = layer.pre_mlp_layernorm = TorchRMSNorm
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = TorchRMSNorm

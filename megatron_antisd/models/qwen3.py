@@ -8,11 +8,7 @@ from megatron_antisd.models.weight_map import Layout, Weight
 
 
 def fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """TransformerConfig fields of a Qwen3 / Qwen3-MoE `config.json`. Raises ValueError on what the family does not have here."""
-    if hf.get("attention_bias"):
-        raise ValueError("attention_bias=true is not supported for Qwen3")
-    if hf.get("use_sliding_window"):
-        raise ValueError("use_sliding_window=true is not supported for Qwen3")
+    """TransformerConfig fields of a Qwen3 / Qwen3-MoE `config.json`; `config.rules` has refused what is not built here."""
     common = {
         "qk_layernorm": True,
         "add_qkv_bias": False,
@@ -20,10 +16,6 @@ def fields(hf: dict[str, Any]) -> dict[str, Any]:
     }
     if hf["model_type"] == "qwen3":
         return common
-    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
-        raise ValueError("Qwen3-MoE with dense layers between the sparse ones (mlp_only_layers, decoder_sparse_step) is not supported")
-    if not hf.get("norm_topk_prob", False):
-        raise ValueError("Qwen3-MoE with norm_topk_prob=false is not supported")
     return common | {
         "num_moe_experts": hf.get("num_experts") or hf["num_local_experts"],
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],

@@ -36,10 +36,6 @@ class ProcessLayout:
     device: torch.device
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 
@@ -78,7 +74,7 @@ def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
+        distributed_timeout_minutes=-(-parallel.timeout_seconds // 60),
         create_gloo_process_groups=torch.cuda.is_available(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)

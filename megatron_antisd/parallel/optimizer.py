@@ -37,7 +37,7 @@ def select_adam(backend: str) -> None:
 def build_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype, distributed: bool) -> MegatronOptimizer:
     """AdamW with fp32 main weights. Weight decay spares one-dimensional parameters (Megatron's rule)."""
     select_adam(config.backend)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -53,6 +53,10 @@ def build_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParalle
         chunks,
         use_gloo_process_groups=torch.cuda.is_available(),
     )
+    for group in optimizer.param_groups:
+        # Megatron marks the groups but leaves it to its own scheduler, which is not used here, to heed the mark.
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_antisd.algorithm import clipped_surrogate, token_advantage, token_weights
 from megatron_antisd.config import RunConfig
-from megatron_antisd.data.packing import MicroBatch, bundle_views, pack, plan_micro_batches
+from megatron_antisd.data.packing import MicroBatch, pack, plan_bundles
 from megatron_antisd.models.attention import PackedSequences
 from megatron_antisd.models.build import ModelDescription, build_model
 from megatron_antisd.parallel.layout import ProcessLayout
@@ -64,9 +64,10 @@ class Trainer:
 
     def score(self, views: Sequence[ScoringView]) -> TokenScores:
         """Log-prob and exact entropy of every response token, without gradient. Collective; every rank returns all of them."""
-        # Every data-parallel rank must take part, with equally many rows: fill up with a view of one token.
-        filler = [ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])] * (-len(views) % self.layout.data_size)
-        plan = self._plan([*views, *filler], self.config.trainer.score_micro_batch_tokens)
+        # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
+        filler = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
+        missing = max(0, self.layout.data_size - len(views))
+        plan = self._plan([*views, *[filler] * missing], self.config.trainer.score_micro_batch_tokens)
         self.model.eval()
         with torch.no_grad():
             results = self._run(plan, self._scores, forward_only=True)
@@ -114,9 +115,8 @@ class Trainer:
 
     def _plan(self, views: Sequence[ScoringView], limit: int) -> _Plan:
         lengths = tuple(len(view.response_ids) for view in views)
-        bundles = bundle_views(views, self.layout.data_size, limit)
+        bundles, plan = plan_bundles(views, self.layout.data_size, limit)
         costs = [bundle.cost(views) for bundle in bundles]
-        plan = plan_micro_batches(costs, self.layout.data_size, limit)
         tp = self.layout.tensor_size
         mine = tuple(pack(views, [bundles[b] for b in row], multiple=tp) for row in plan[self.layout.data_rank])
         rows = [sum(costs[b] for b in row) for rank in plan for row in rank]

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, weight_gradient_buffer
+
 EXP_FLOOR = -1000.0
 """Stands for -inf where a shifted logit is multiplied by its exponential: exp(-1000) is 0 in fp32, and 0 * -1000 is not NaN."""
 
@@ -281,17 +283,17 @@ class _LinearScores(torch.autograd.Function):
         given = _row_gradients(ctx, grad_log_prob, grad_entropy, scale=1.0 / temperature)
         true_weight = weight[: shard.true_columns]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None  # [T, H]
-        weight_total = _weight_gradient_buffer(ctx.parameter) if needs_weight else None  # [V_padded / tp, H]
+        weight_total = weight_gradient_buffer(ctx.parameter) if needs_weight else None  # [V_padded / tp, H]
         for rows in shard.chunks(hidden.shape[0], ctx.chunk_tokens):
             grad_logits = given.chunk(_matmul_fp32(hidden[rows], true_weight.t()).div_(temperature), rows)  # [c, true columns]
             if grad_hidden is not None:
                 grad_hidden[rows] = _matmul_fp32(grad_logits, true_weight)
             if weight_total is not None:
-                _add_matmul(weight_total[: shard.true_columns], grad_logits.t(), hidden[rows])
+                add_matmul(weight_total[: shard.true_columns], grad_logits.t(), hidden[rows])
             del grad_logits
         if grad_hidden is not None:
             shard.all_reduce(grad_hidden, dist.ReduceOp.SUM)  # in hidden's dtype, as Megatron's own output layer does
-        grad_weight = None if weight_total is None else _weight_gradient(ctx.parameter, weight_total)
+        grad_weight = None if weight_total is None else finished_weight_gradient(ctx.parameter, weight_total)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
@@ -316,34 +318,3 @@ def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if b.is_cuda and b.dtype == torch.bfloat16:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total` `[m, n]` += a `[m, k]` @ b `[k, n]`, in place."""
-    if total.dtype == a.dtype == b.dtype == torch.float32:
-        total.addmm_(a, b)  # spares the product of its own
-    else:
-        total.add_(_matmul_fp32(a, b))
-
-
-def _has_main_grad(weight: torch.Tensor) -> bool:
-    """Whether Megatron's DDP keeps this parameter's gradient in its own buffer (megatron.core.distributed sets both)."""
-    return getattr(weight, "main_grad", None) is not None and hasattr(weight, "grad_added_to_main_grad")
-
-
-def _weight_gradient_buffer(weight: torch.Tensor) -> torch.Tensor:
-    return weight.main_grad if _has_main_grad(weight) else torch.zeros_like(weight, dtype=torch.float32)
-
-
-def _weight_gradient(weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """What autograd gets for the weight `[V_padded / tp, H]`.
-
-    Megatron's protocol (`LinearWithGradAccumulationAndAsyncCommunication.backward` and the hook of `DistributedDataParallel`):
-    with the gradient already in `main_grad`, `grad_added_to_main_grad` tells the hook not to add `.grad`, which must still be
-    a tensor (the hook asserts it under `overlap_grad_reduce`). A weight tied to the embedding has `zero_out_wgrad`: its `.grad` is
-    added all the same, for the embedding's share, so ours must be 0. Megatron leaves it uninitialised elsewhere; zeros serve both.
-    """
-    if not _has_main_grad(weight):
-        return total.to(weight.dtype)
-    weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megatron_antisd.data.packing import Bundle, MicroBatch, bundle_views, input_length, pack, plan_micro_batches
+from megatron_antisd.data.packing import Bundle, MicroBatch, bundle_views, input_length, pack, plan_bundles, plan_micro_batches
 from megatron_antisd.records import ScoringView
 
 
@@ -138,6 +138,23 @@ def test_bundles_hold_every_view_once_within_limit_and_suffice_for_all_ranks(ran
             assert all(len(views[i].prompt_ids) > bundle.trunk for i in bundle.indices)
         plan = plan_micro_batches([bundle.cost(views) for bundle in bundles], ranks, limit)
         assert all(row for rank in plan for row in rank)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_planned_bundles_keep_to_the_limit_on_every_rank(ranks: int) -> None:
+    """Also where bundles of uneven number would be stacked: only a single longer view may exceed the limit."""
+    generator = random.Random(ranks)
+    divided = 0
+    for _ in range(200):
+        views = related_views(generator, 4 * generator.randint(1, 5))
+        limit = generator.choice((12, 25, 40))
+        bundles, plan = plan_bundles(views, ranks, limit)
+        assert sorted(i for bundle in bundles for i in bundle.indices) == list(range(len(views)))
+        assert sorted(b for rank in plan for row in rank for b in row) == list(range(len(bundles)))
+        for row in (row for rank in plan for row in rank):
+            assert len(row) == 1 or sum(bundles[b].cost(views) for b in row) <= limit
+        divided += len(bundles) > len(bundle_views(views, ranks, limit))
+    assert divided or ranks == 1, "no plan needed it; the test shows nothing"
 
 
 def test_views_of_one_prompt_reach_every_rank() -> None:

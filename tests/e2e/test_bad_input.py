@@ -75,6 +75,14 @@ def bad_row(world: World, directory: Path) -> Raw:
     return {"data": {"train": [str(directory / "bad.jsonl")]}}
 
 
+def another_tokenizer(world: World, directory: Path) -> Raw:
+    """A vocabulary of 20 in the model; the tokenizer has more."""
+    shutil.copytree(world.checkpoint, directory / "model")
+    config = json.loads((directory / "model/config.json").read_text())
+    (directory / "model/config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    return {"model": {"path": str(directory / "model")}}
+
+
 # name -> (what is wrong, ranks, parts of the message)
 CASES: dict[str, tuple[Raw | Callable[[World, Path], Raw], int, tuple[str, ...]]] = {
     "unknown key": ({"rollout": {"grup_size": 8}}, 1, ("unknown key 'rollout.grup_size'", "'rollout.group_size'")),
@@ -98,6 +106,7 @@ CASES: dict[str, tuple[Raw | Callable[[World, Path], Raw], int, tuple[str, ...]]
     "no end token": (no_end_token, 1, ("model.path", "eos_token")),
     "broken config.json": (broken_config, 1, ("model.path", "config.json is not valid JSON")),
     "another family": (another_family, 1, ("model.path", "model_type 'llama' is not supported")),
+    "another tokenizer": (another_tokenizer, 1, ("the tokenizer in", "vocab_size is 20")),
     "long prompt": (long_prompt, 1, ("'the-long-one'", "rollout.max_new_tokens=64", "1 of 25 problems")),
     "long benchmark prompt": (long_benchmark_prompt, 1, ("'the-long-one'", "evaluation.max_new_tokens=64")),
     "bad row": (bad_row, 1, ("bad.jsonl, line 2", "`answer` is missing")),

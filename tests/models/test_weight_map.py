@@ -166,18 +166,3 @@ def test_table_names_all_weights_of_published_models() -> None:
         assert set(names) == meta_names(hf), path
         seen.add(hf["model_type"])
     assert seen == {"qwen3", "qwen3_moe"}
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"attention_bias": True}, "attention_bias=true is not supported"),
-    ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
-    ({"mlp_only_layers": [1]}, "mlp_only_layers"),
-    ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
-    ({"norm_topk_prob": False}, "norm_topk_prob=false"),
-])
-def test_variants_that_are_not_built_are_refused(change: dict[str, Any], message: str) -> None:
-    hf = {"model_type": "qwen3_moe", "intermediate_size": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2,
-          "norm_topk_prob": True}
-    assert qwen3.fields(hf)["num_moe_experts"] == 4
-    with pytest.raises(ValueError, match=message):
-        qwen3.fields({**hf, **change})

@@ -52,6 +52,11 @@ def main() -> None:
             stats = trainer.step(batch, learning_rate=1e-3)
             steps.append((stats.loss, stats.grad_norm, stats.skipped))
         result[name] = (steps, {key: tensor.clone() for key, tensor in trainer.export()})
+    trainer = Trainer(configuration(checkpoint, ["optimizer.weight_decay=0.5"]), layout, describe(checkpoint, layout.tensor_size))
+    before = {key: tensor.clone() for key, tensor in trainer.export()}
+    batch = make_batch(views, 0)
+    trainer.step(dataclasses.replace(batch, sequence_advantage=torch.zeros_like(batch.sequence_advantage), lambda_=0.0), learning_rate=1e-2)
+    result["decay"] = (before, {key: tensor.clone() for key, tensor in trainer.export()})
     torch.save(result, output)
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Ranks of the layout test: score, take steps, stream the weights out; rank 0 writes what it got.
+"""Ranks of the layout test: score, take steps, stream gradients and weights out; rank 0 writes what it got.
 
 Usage: layout_ranks.py CHECKPOINT OUTPUT STEPS [key=value ...]
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ from megatron_antisd.config import RunConfig, build_config
 from megatron_antisd.parallel.layout import build_layout, start_process_group
 from megatron_antisd.records import ScoringView, TrainingBatch
 
+if TYPE_CHECKING:
+    from megatron_antisd.parallel.trainer import Trainer
+
+SMALL_BUCKET = 4 << 10  # bytes: a matrix fills a bucket of its own, norms share one
 
 def configuration(checkpoint: str, overrides: list[str]) -> RunConfig:
     import yaml
@@ -52,6 +57,44 @@ def make_batch(views: tuple[ScoringView, ...], step: int) -> TrainingBatch:
         tokens=sum(n for n, kept in zip(lengths, keep.tolist(), strict=True) if kept))
 
 
+def gather_gradient_shards(trainer: Trainer) -> None:
+    """Make the gradient buffers whole: for the distributed optimizer Megatron reduces only this rank's part of every bucket (`shard_buffer`),
+    the rest is left as it was before the reduction."""
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    for bucket_group in (*trainer.ddp.bucket_groups, *trainer.ddp.expert_parallel_bucket_groups):
+        group = bucket_group.intra_distributed_optimizer_instance_group
+        for bucket in bucket_group.buckets:
+            mine = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def gradients(trainer: Trainer, norm: float) -> dict[str, torch.Tensor]:
+    """Hugging Face name -> gradient of the update just made, before clipping. Collective."""
+    config = trainer.config
+    if config.parallel.distributed_optimizer:
+        gather_gradient_shards(trainer)
+    unclip = max(1.0, (norm + 1e-6) / config.optimizer.clip_grad)  # clipping scaled the buffers in place
+    return {name: tensor * unclip for name, tensor in trainer._stream.stream(lambda p: p.main_grad)}
+
+
+def check_small_buckets(trainer: Trainer, streamed: dict[str, torch.Tensor]) -> None:
+    """Where the buckets end must not show: names, order and values are those of the stream with the default size. Collective."""
+    from megatron_antisd.parallel.reshard import WeightStream
+
+    small = WeightStream(trainer.model, trainer.description, trainer.layout, bucket_bytes=SMALL_BUCKET)
+
+    def kinds(stream: WeightStream) -> list[tuple[int, bool]]:
+        return [(bucket[0].stage, bucket[0].weight.expert) for bucket in stream.buckets]
+
+    default = kinds(trainer._stream)
+    assert len(default) == len(set(default)), "the default size holds each kind of this model in one bucket"
+    assert all(kinds(small).count(kind) > 1 for kind in default), "every kind is split"
+    assert any(len(bucket) > 1 for bucket in small.buckets), "some buckets still hold several weights"
+    for (name, tensor), (expected_name, expected) in zip(small.stream(), streamed.items(), strict=True):
+        assert name == expected_name and torch.equal(tensor, expected), name
+
+
 def main() -> None:
     checkpoint, output, steps, *overrides = sys.argv[1:]
     config = configuration(checkpoint, overrides)
@@ -69,10 +112,8 @@ def main() -> None:
     result["steps"], result["student"] = [], []
     for step in range(int(steps)):
         stats = trainer.step(make_batch(views, step), learning_rate=1e-3)
-        if step == 0 and not config.parallel.distributed_optimizer:
-            # Clipping scaled the gradient buffers in place: undo it.
-            unclip = max(1.0, (stats.grad_norm + 1e-6) / config.optimizer.clip_grad)
-            result["gradients"] = {n: t * unclip for n, t in trainer._stream.stream(lambda p: p.main_grad)}
+        if step == 0:
+            result["gradients"] = gradients(trainer, stats.grad_norm)
         result["steps"].append((stats.loss, stats.grad_norm, stats.clip_fraction, stats.student_entropy_mean, stats.mismatch_kl))
         result["student"].append(stats.student.log_prob)
         result["padding"] = stats.padding_share

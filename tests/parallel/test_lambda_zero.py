@@ -37,3 +37,13 @@ def test_lambda_above_zero_is_not(results: dict) -> None:
     (steps, weights), (reference_steps, reference) = results["antisd-at-work"], results["grpo"]
     assert steps[0] != reference_steps[0]
     assert all(not torch.equal(tensor, reference[key]) for key, tensor in weights.items())
+
+
+def test_without_a_gradient_weight_decay_alone_moves_matrices_and_no_norms(results: dict) -> None:
+    """AdamW: w (1 - lr wd), lr 1e-2 and wd 0.5 here. Norm weights are one-dimensional and spared."""
+    before, after = results["decay"]
+    norms = {key for key in before if "norm" in key}
+    assert norms and len(norms) < len(before)
+    for key, tensor in before.items():
+        expected = tensor if key in norms else tensor * (1 - 1e-2 * 0.5)
+        torch.testing.assert_close(after[key], expected, rtol=1e-6, atol=1e-8)
