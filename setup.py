@@ -16,7 +16,6 @@ CORE = [
     "megatron-core==0.16.1",  # exact: compat/ and checkpoint patch parts of it that carry no promise of stability
     "numpy",
     "packaging",
-    "pebble",  # worker processes that can be killed at a deadline
     "psutil",
     "pyarrow",
     "pydantic>=2.12,<3",
