@@ -44,7 +44,7 @@ from megatron_antisd.parallel.trainer import Trainer
 FORMAT = 1
 _NAME = re.compile(r"step_(\d+)")
 # Fields that say nothing of the weights' shapes or of what the model computes from them, and those that versions of transformers
-# write under several names: `rope_base` and `experts` stand for them.
+# write under several names: `rope` and `experts` stand for them.
 _IGNORED_FIELDS = {
     "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "initializer_range", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef", "attention_dropout",
@@ -145,7 +145,7 @@ def load_weights(path: Path, model: PolicyModel, description: ModelDescription, 
 def model_fields(description: ModelDescription) -> dict[str, Any]:
     """What must agree between a checkpoint and the model that loads it."""
     fields = {key: value for key, value in sorted(description.hf.items()) if key not in _IGNORED_FIELDS and value is not None}
-    return fields | {"rope_base": description.rope_base, "experts": description.experts}
+    return fields | {"rope": description.rope, "experts": description.experts}
 
 
 def describe_layout(trainer: Trainer) -> dict[str, Any]:

@@ -22,6 +22,11 @@ MOE = {
 }  # fmt: skip
 DENSE = {**{k: v for k, v in MOE.items() if k not in ("num_experts", "moe_intermediate_size")}, "model_type": "qwen3"}
 
+OLMO3 = {  # without the keys that published configs leave out
+    "model_type": "olmo3", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 512, "sliding_window": 8, "rope_scaling": {"rope_type": "yarn", "factor": 8.0},
+}  # fmt: skip
+
 # Fits MOE on 2 ranks and more.
 FITTING = {**MINIMAL, "rollout": {"problems_per_step": 8, "group_size": 8, "max_new_tokens": 64, "max_context": 256}}
 
@@ -194,6 +199,7 @@ def test_every_key_is_documented_or_says_itself() -> None:
     (["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "parallel.expert_tensor_parallel_size=2",
       "rollout.tensor_parallel_size=4"], MOE, 4),  # fmt: skip
     (["parallel.pipeline_parallel_size=4"], DENSE, 4),
+    (["parallel.pipeline_parallel_size=2", "parallel.tensor_parallel_size=2"], OLMO3, 4),
     (["trainer.micro_batch_tokens=16"], DENSE, 2),  # below the context: a longer sequence is its own micro-batch
     (["rollout.max_context=512"], {**MOE, "vocab_size": 509}, 2),  # the vocabulary is padded: it has no rule
     ([], {**{k: v for k, v in MOE.items() if k != "num_experts"}, "num_local_experts": 8}, 2),  # as transformers 5 writes it
@@ -226,11 +232,14 @@ BROKEN = {
     "experts of a dense model": ([f"{EP}=2", f"{ETP}=2"], DENSE, 4, [f"{EP}=2 needs a mixture-of-experts", f"{ETP}=2 needs", "'qwen3'"]),
     "attention bias": ([], {**DENSE, "attention_bias": True}, 1, ["attention_bias=true is not supported for qwen3"]),
     "sliding window": ([], {**DENSE, "use_sliding_window": True}, 1, ["use_sliding_window=true"]),
-    "rope": ([], {**DENSE, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 1, ["rope type 'yarn' is not supported"]),
-    "rope of transformers 5": ([], {**DENSE, "rope_parameters": {"rope_type": "linear"}}, 1, ["rope type 'linear' is not supported"]),
+    "rope": ([], {**DENSE, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 1,
+             ["rope type 'dynamic' (one of default, linear, yarn, llama3 is)"]),
+    "rope of transformers 5": ([], {**DENSE, "rope_parameters": {"rope_type": "longrope"}}, 1, ["rope type 'longrope'"]),
+    "rope of a kind of layer": ([], {**OLMO3, "rope_parameters": {"full_attention": {"rope_type": "su"}}}, 1,
+                                ["rope type 'su'", "not supported for olmo3"]),
     "sparse and dense layers": ([], {**MOE, "mlp_only_layers": [1], "decoder_sparse_step": 2}, 1, ["mlp_only_layers", "decoder_sparse_step"]),
     "router weights": ([], {**MOE, "norm_topk_prob": False}, 1, ["norm_topk_prob=false"]),
-    "model type": ([], {**DENSE, "model_type": "llama"}, 1, ["'llama' is not supported", "qwen3, qwen3_moe"]),
+    "model type": ([], {**DENSE, "model_type": "llama"}, 1, ["'llama' is not supported", "qwen3, qwen3_moe, olmo3"]),
     "keys of the model": ([], {"model_type": "qwen3_moe", "hidden_size": 8}, 1, ["lacks intermediate_size", "head_dim", "num_experts"]),
     "response fills the context": (["rollout.max_new_tokens=256"], MOE, 1,
                                    ["rollout.max_new_tokens=256 must be less than rollout.max_context=256"]),

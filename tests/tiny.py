@@ -12,6 +12,26 @@ from megatron_antisd.records import ScoringView
 VOCAB = 61
 
 
+def make_olmo3(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """An OLMo-3 of 4 layers: three with a window of 8 tokens, one with YaRN."""
+    from transformers import Olmo3Config, Olmo3ForCausalLM
+
+    config: dict[str, Any] = dict(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        max_position_embeddings=512, initializer_range=0.15, sliding_window=8, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0,
+                               "beta_slow": 1.0, "attention_factor": 1.2}})
+    torch.manual_seed(seed)
+    model = Olmo3ForCausalLM(Olmo3Config(**{**config, **changes}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    return directory
+
+
 def make_checkpoint(directory: Path, *, moe: bool, seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A Qwen3 or Qwen3-MoE of 4 layers with weights large enough that every part matters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM

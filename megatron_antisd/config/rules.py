@@ -18,7 +18,10 @@ from typing import Any
 
 from megatron_antisd.config import ConfigError, RunConfig
 
-SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
+SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe", "olmo3")
+
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+"""Those that do not depend on how long a sequence is."""
 
 # vLLM 0.32, v1/attention/backends/cpu_attn.py. 16 starts and then fails at the first request.
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -79,6 +82,9 @@ def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: in
         return
     # transformers 5 writes the number of experts of Qwen3-MoE as num_local_experts; earlier releases as num_experts.
     model = {**model, "num_experts": model.get("num_experts", model.get("num_local_experts"))}
+    if model_type == "olmo3":  # its published configs leave out what equals the default
+        model = {**model, "num_key_value_heads": model.get("num_key_value_heads") or model.get("num_attention_heads"),
+                 "head_dim": model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]}
     moe = model_type == "qwen3_moe"
     yield from _architecture_problems(model, moe=moe)
     missing = [key for key in (*MODEL_KEYS, *(MOE_KEYS if moe else ())) if model.get(key) is None]
@@ -95,9 +101,10 @@ def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: in
 def _architecture_problems(model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
     """What a config.json of a supported family can ask for and this version does not build."""
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    unsupported = {"attention_bias=true": model.get("attention_bias"), "use_sliding_window=true": model.get("use_sliding_window"),
-                   f"rope type {kind!r}": kind != "default"}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    kinds = [part.get("rope_type") or part.get("type") or "default" for part in parts]
+    unsupported = {"attention_bias=true": model.get("attention_bias"), "use_sliding_window=true": model.get("use_sliding_window")}
+    unsupported |= {f"rope type {kind!r} (one of {', '.join(ROPE_TYPES)} is)": kind not in ROPE_TYPES for kind in kinds}
     if moe:
         unsupported |= {"norm_topk_prob=false": not model.get("norm_topk_prob", False), "mlp_only_layers": model.get("mlp_only_layers"),
                         "decoder_sparse_step other than 1": model.get("decoder_sparse_step", 1) != 1}

@@ -8,7 +8,7 @@ out as a few right-padded batches of similar length, so the kernel is plain caus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention.bias import causal_lower_right
+
+from megatron_antisd.models.rotary import FULL, SLIDING, Frequencies
 
 
 @dataclass
@@ -55,8 +59,8 @@ class PackedSequences(PackedSeqParams):
 
     positions: torch.Tensor = None
     """[T] position of each token in its own sequence."""
-    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Cosine and sine of each token's angles, both [T, 1, head_dim / 2]; `PackedRotary` sets them."""
+    rotation: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Kind of layer -> cosine and sine of each token's angles, both [T, 1, head_dim / 2]; `PackedRotary` sets them."""
     batches: tuple[AttentionBatch, ...] = ()
     unpack: torch.Tensor = None
     """[T]: where token t stands in the concatenation of all batches' flattened queries."""
@@ -116,10 +120,9 @@ class PackedRotary(torch.nn.Module):
     anew in every layer and copies each tensor several times.
     """
 
-    def __init__(self, head_dim: int, base: float, dtype: torch.dtype) -> None:
+    def __init__(self, frequencies: Mapping[str, Frequencies], dtype: torch.dtype) -> None:
         super().__init__()
-        self.inv_freq = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        self._dtype = dtype
+        self._frequencies, self._dtype = dict(frequencies), dtype
 
     def get_rotary_seq_len(self, inference_context: Any, decoder: Any, x: Any, config: Any, packed: PackedSequences) -> PackedSequences:
         """Megatron asks for a length and hands the answer to `forward`; the packing itself is what is needed there."""
@@ -127,9 +130,10 @@ class PackedRotary(torch.nn.Module):
 
     def forward(self, packed: PackedSequences, packed_seq: bool = False, cp_group: Any = None) -> None:
         """Sets `packed.rotation`; None tells Megatron that there is nothing left to turn."""
-        self.inv_freq = self.inv_freq.to(packed.positions.device)
-        angles = packed.positions[:, None].float() * self.inv_freq  # in float32, whatever the model's dtype
-        packed.rotation = (angles.cos().to(self._dtype)[:, None], angles.sin().to(self._dtype)[:, None])
+        packed.rotation = {}
+        for kind, (inverse, scale) in self._frequencies.items():
+            angles = packed.positions[:, None].float() * inverse.to(packed.positions.device)  # in float32, whatever the model's dtype
+            packed.rotation[kind] = tuple((table * scale).to(self._dtype)[:, None] for table in (angles.cos(), angles.sin()))
 
 
 class _Rotate(torch.autograd.Function):
@@ -159,12 +163,19 @@ class PackedAttention(DotProductAttention):
     """Rotary positions and core attention on SDPA for `PackedSequences`. query [T, 1, heads/tp, d], key and value
     [T, 1, groups/tp, d] -> [T, 1, heads/tp * d]."""
 
+    def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, layer_number, *args, **kwargs)
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        self.kind = SLIDING if windowed else FULL
+        self.window = config.window_size[0] + 1 if windowed else None
+        """How many last tokens one sees, itself included; None: all."""
+
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None,
                 attn_mask_type: Any = None, attention_bias: Any = None,
                 packed_seq_params: PackedSequences | None = None) -> torch.Tensor:
         if not isinstance(packed_seq_params, PackedSequences):
             raise TypeError(f"packed attention needs PackedSequences, got {type(packed_seq_params).__name__}")
-        q, k = (_Rotate.apply(x.squeeze(1), *packed_seq_params.rotation) for x in (query, key))
+        q, k = (_Rotate.apply(x.squeeze(1), *packed_seq_params.rotation[self.kind]) for x in (query, key))
         v = value.squeeze(1)
         if packed_seq_params.cache is not None:
             self._remember(k, v, packed_seq_params)
@@ -176,11 +187,26 @@ class PackedAttention(DotProductAttention):
         for batch in packed.batches:
             key = batch.query if batch.before is None else torch.cat([batch.before, batch.query], dim=1)
             tensors = [x[index].transpose(1, 2) for x, index in ((q, batch.query), (k, key), (v, key))]  # [n, heads, L or P + L, d]
-            # A continuation's last query sees the last key. A bias of this kind keeps the fused kernels on GPUs.
-            mask = {"is_causal": True} if batch.before is None else {"attn_mask": causal_lower_right(batch.query.shape[1], key.shape[1])}
-            out = F.scaled_dot_product_attention(*tensors, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1], **mask)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            outputs.append(self._attend(*tensors).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[packed.unpack]
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[n, heads, L, d] queries to [n, groups, K, d] keys, the last query beside the last key."""
+        queries, keys = q.shape[2], k.shape[2]
+        options = {"scale": self.softmax_scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        if self.window is None or keys <= self.window:
+            # A bias of this kind keeps the fused kernels on GPUs.
+            mask = {"is_causal": True} if queries == keys else {"attn_mask": causal_lower_right(queries, keys)}
+            return F.scaled_dot_product_attention(q, k, v, **options, **mask)
+        # Blocks of queries, each with the keys that one of them sees: work and memory grow with the window, not with the square of the length.
+        outputs = []
+        for start in range(keys - queries, keys, self.window):
+            end, first = min(start + self.window, keys), max(0, start - self.window + 1)
+            distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+            block = slice(start - keys + queries, end - keys + queries)
+            outputs.append(F.scaled_dot_product_attention(
+                q[:, :, block], k[:, :, first:end], v[:, :, first:end], attn_mask=(distance >= 0) & (distance < self.window), **options))
+        return torch.cat(outputs, dim=2)
 
     def _remember(self, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> None:
         keys, values = packed.cache.of(self.layer_number, k)
@@ -193,7 +219,8 @@ class PackedAttention(DotProductAttention):
         keys, values = packed.cache.of(self.layer_number, q)
         slot = packed.slot.clamp(min=0)
         longest = int(packed.positions.max()) + 1
-        seen = torch.arange(longest, device=q.device)[None] <= packed.positions[:, None]  # [T, longest]
+        distance = packed.positions[:, None] - torch.arange(longest, device=q.device)[None]  # [T, longest]
+        seen = (distance >= 0) & (distance < (self.window or longest))
         out = F.scaled_dot_product_attention(
             q[:, :, None], keys[slot, :, :longest], values[slot, :, :longest], attn_mask=seen[:, None, None],
             scale=self.softmax_scale, enable_gqa=q.shape[1] != keys.shape[1])

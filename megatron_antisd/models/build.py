@@ -18,12 +18,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_antisd.config import ConfigError, ModelConfig, ParallelConfig
-from megatron_antisd.models import qwen3
+from megatron_antisd.models import olmo3, qwen3
 from megatron_antisd.models.attention import PackedAttention, PackedRotary
 from megatron_antisd.models.experts import Experts
+from megatron_antisd.models.norm import TorchRMSNorm
+from megatron_antisd.models.rotary import frequencies, rope_parameters
 from megatron_antisd.models.weight_map import Geometry, Weight
 
-FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3, "qwen3_moe": qwen3}
+FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3, "qwen3_moe": qwen3, "olmo3": olmo3}
+"""model_type -> the page with its `fields`, `weights` and, where the layer is not Qwen3's, `specialise`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class ModelDescription:
     layers: int
     experts: int | None
     tied: bool
-    rope_base: float
+    rope: dict[str, dict[str, Any]]
+    """Kind of layer -> rotary parameters, as transformers names them."""
 
 
 def describe(model_dir: str | Path, tensor_parallel_size: int) -> ModelDescription:
@@ -49,17 +53,16 @@ def describe(model_dir: str | Path, tensor_parallel_size: int) -> ModelDescripti
     family = FAMILIES.get(hf.get("model_type", ""))
     if family is None:
         raise ConfigError(f"model.path: model_type {hf.get('model_type')!r} is not supported; supported are {sorted(FAMILIES)}")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     vocab = hf["vocab_size"]
     return ModelDescription(
         hf=hf,
         weights=family.weights(hf),
-        geometry=Geometry(groups=hf["num_key_value_heads"], head_dim=head_dim(hf), vocab_size=vocab,
+        geometry=Geometry(groups=key_value_heads(hf), head_dim=head_dim(hf), vocab_size=vocab,
                           padded_vocab_size=vocab + -vocab % tensor_parallel_size),
         layers=hf["num_hidden_layers"],
         experts=hf.get("num_experts") or hf.get("num_local_experts"),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        rope_base=float(hf.get("rope_theta") or rope["rope_theta"]),
+        rope=rope_parameters(hf),
     )
 
 
@@ -67,13 +70,8 @@ def head_dim(hf: dict[str, Any]) -> int:
     return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
-class TorchRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm under sequence parallelism: its weight is marked so that Megatron reduces its gradient over
-    tensor-parallel ranks (`WrappedTorchNorm` refuses sequence parallelism instead)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+def key_value_heads(hf: dict[str, Any]) -> int:
+    return hf.get("num_key_value_heads") or hf["num_attention_heads"]
 
 
 class PolicyModel(GPTModel):
@@ -99,7 +97,7 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
         num_layers=description.layers,
         hidden_size=hf["hidden_size"],
         num_attention_heads=hf["num_attention_heads"],
-        num_query_groups=hf["num_key_value_heads"],
+        num_query_groups=key_value_heads(hf),
         kv_channels=head_dim(hf),
         normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"],
@@ -158,6 +156,9 @@ def build_model(description: ModelDescription, model: ModelConfig, parallel: Par
         raise ConfigError("model.spec=te: transformer-engine layers are not built by this version; use model.spec=local")
     config = transformer_config(description, model, parallel)
     spec = local_layer_spec(description.experts)
+    specialise = getattr(FAMILIES[description.hf["model_type"]], "specialise", None)
+    if specialise is not None:
+        specialise(spec)
     block = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=TorchRMSNorm)
     chunk = PolicyModel(
         config=config,
@@ -168,9 +169,8 @@ def build_model(description: ModelDescription, model: ModelConfig, parallel: Par
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=description.tied,
         position_embedding_type="rope",
-        rotary_base=description.rope_base,
     )
-    chunk.rotary_pos_emb = PackedRotary(head_dim(description.hf), description.rope_base, config.params_dtype)
+    chunk.rotary_pos_emb = PackedRotary(frequencies(description.hf), config.params_dtype)
     _mark_expert_parameters(chunk)
     return [chunk if torch.cuda.is_available() is False else chunk.cuda()]
 

@@ -8,6 +8,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_antisd.models.attention import PackedAttention, PackedRotary, PackedSequences
+from megatron_antisd.models.rotary import FULL
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -68,13 +69,13 @@ def test_values_and_gradients_as_float64(case: str, groups: int, dtype: torch.dt
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=groups, kv_channels=DIM)
     attention = PackedAttention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self", pg_collection=Groups())
     packed = PackedSequences.of(lengths, DEVICE, continues=continues)
-    PackedRotary(DIM, 10_000.0, dtype)(packed)
+    PackedRotary({FULL: (10_000.0 ** -(torch.arange(0, DIM, 2, dtype=torch.float32) / DIM), 1.0)}, dtype)(packed)
 
     ours = [x.to(DEVICE).requires_grad_() for x in drawn]
     out = attention(*ours, packed_seq_params=packed)
     found = torch.autograd.grad(out, ours, direction.to(DEVICE))
     theirs = [x.double().requires_grad_() for x in drawn]
-    expected = oracle(*theirs, tuple(table.double().cpu() for table in packed.rotation), lengths, continues)
+    expected = oracle(*theirs, tuple(table.double().cpu() for table in packed.rotation[FULL]), lengths, continues)
     wanted = torch.autograd.grad(expected, theirs, direction.double())
     assert out.dtype == dtype and out.shape == expected.shape
     for name, mine, exact in zip(("output", "query", "key", "value"), (out, *found), (expected, *wanted), strict=True):

@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_antisd.models.attention import KeyValueCache, PackedAttention, PackedRotary, PackedSequences
+from megatron_antisd.models.rotary import FULL, SLIDING, Frequencies
 
 HEADS, GROUPS, DIM = 4, 2, 8
 VALUE, GRADIENT = 1e-12, 1e-11
@@ -39,19 +40,33 @@ class Groups:
     tp = cp = OneRank()
 
 
-@pytest.fixture(scope="module")
-def attention() -> PackedAttention:
+def build(window: int | None) -> PackedAttention:
+    """Layer 3 of 4; with a window that is a sliding layer, of which layer 4 is none."""
+    sliding = {} if window is None else {"window_size": (window - 1, 0), "window_attn_skip_freq": [1, 1, 1, 0]}
     config = TransformerConfig(num_layers=4, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM,
-                               attention_softmax_in_fp32=True)
+                               attention_softmax_in_fp32=True, **sliding)
     layer = PackedAttention(config, layer_number=3, attn_mask_type=AttnMaskType.causal, attention_type="self", pg_collection=Groups())
     assert layer.softmax_scale == pytest.approx(DIM**-0.5)
+    assert (layer.kind, layer.window) == (FULL if window is None else SLIDING, window)
+    full = PackedAttention(config, layer_number=4, attn_mask_type=AttnMaskType.causal, attention_type="self", pg_collection=Groups())
+    assert (full.kind, full.window) == (FULL, None)
     return layer
+
+
+@pytest.fixture(scope="module")
+def attention() -> PackedAttention:
+    return build(None)
+
+
+def one_kind(base: float, dim: int) -> dict[str, Frequencies]:
+    return {FULL: (base ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0)}
 
 
 def packing(lengths: list[int], continues: Continues | None = None) -> PackedSequences:
     """Laid out, and turned by no angle."""
     packed = PackedSequences.of(lengths, continues=continues)
-    packed.rotation = (torch.ones(sum(lengths), 1, DIM // 2, dtype=torch.float64), torch.zeros(sum(lengths), 1, DIM // 2, dtype=torch.float64))
+    none = (torch.ones(sum(lengths), 1, DIM // 2, dtype=torch.float64), torch.zeros(sum(lengths), 1, DIM // 2, dtype=torch.float64))
+    packed.rotation = {FULL: none, SLIDING: none}
     return packed
 
 
@@ -60,13 +75,13 @@ def draw(total: int, heads: int, seed: int) -> torch.Tensor:
 
 
 def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float,
-          continues: Continues | None = None) -> torch.Tensor:
+          continues: Continues | None = None, window: int | None = None) -> torch.Tensor:
     """[T, 1, heads * d]: every head of every token of every sequence on its own."""
-    rows, start = [], 0
+    rows, start, total = [], 0, len(query)
     for length, parent in zip(lengths, continues or [None] * len(lengths), strict=True):
         trunk = [] if parent is None else list(range(sum(lengths[:parent]), sum(lengths[: parent + 1])))
         for t in range(length):
-            seen = trunk + list(range(start, start + t + 1))
+            seen = (trunk + list(range(start, start + t + 1)))[-(window or total):]
             heads = []
             for head in range(query.shape[2]):
                 group = head * key.shape[2] // query.shape[2]
@@ -94,6 +109,21 @@ def test_values_and_gradients_are_those_of_separate_sequences(attention: PackedA
         assert (mine - theirs).abs().max() < GRADIENT
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize(("lengths", "continues"), [([7, 1, 30, 2], None), ([64, 5, 9, 33], None), *CONTINUED], ids=str)
+def test_a_window_shows_the_last_tokens_and_no_others(lengths: list[int], continues: Continues | None, window: int) -> None:
+    """Values and gradients, also over the border between a trunk and what continues it, and where blocks of queries end unevenly."""
+    layer = build(window)
+    inputs = [draw(sum(lengths), heads, seed).requires_grad_() for seed, heads in enumerate((HEADS, GROUPS, GROUPS))]
+    out = layer(*inputs, packed_seq_params=packing(lengths, continues))
+    expected = naive(*inputs, lengths, layer.softmax_scale, continues, window)
+    assert (out - expected).abs().max() < VALUE
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    for mine, theirs in zip(torch.autograd.grad((out * direction).sum(), inputs), torch.autograd.grad((expected * direction).sum(), inputs),
+                            strict=True):
+        assert (mine - theirs).abs().max() < GRADIENT
+
+
 def test_a_sequence_does_not_depend_on_its_neighbours(attention: PackedAttention) -> None:
     """Bitwise: other contents beside it change nothing."""
     lengths = [6, 11, 3]
@@ -106,10 +136,12 @@ def test_a_sequence_does_not_depend_on_its_neighbours(attention: PackedAttention
     assert torch.equal(before[6:17], after[6:17])
 
 
+@pytest.mark.parametrize("window", [None, 3, 20])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_decoding_with_a_cache_gives_the_packed_values(attention: PackedAttention, lengths: list[int]) -> None:
+def test_decoding_with_a_cache_gives_the_packed_values(lengths: list[int], window: int | None) -> None:
     """Prompts of uneven length enter as one packed row, then the sequences grow token by token until each is at its end.
     Slots are taken in another order than the sequences stand in, and one slot holds a longer, earlier sequence's leftovers."""
+    attention = build(window)
     total, starts = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
     query, key, value = (draw(total, heads, seed) for seed, heads in enumerate((HEADS, GROUPS, GROUPS)))
     expected = attention(query, key, value, packed_seq_params=packing(lengths))
@@ -184,24 +216,24 @@ def test_a_continuation_has_the_positions_behind_its_trunk() -> None:
 def test_rotation_is_that_of_the_position_in_the_sequence() -> None:
     lengths, base = [3, 1, 5], 10_000.0
     packed = PackedSequences.of(lengths)
-    assert PackedRotary(DIM, base, torch.float32)(packed) is None
-    assert all(table.shape == (9, 1, DIM // 2) and table.dtype == torch.float32 for table in packed.rotation)
+    assert PackedRotary(one_kind(base, DIM), torch.float32)(packed) is None
+    assert all(table.shape == (9, 1, DIM // 2) and table.dtype == torch.float32 for table in packed.rotation[FULL])
     for token, position in enumerate(t for n in lengths for t in range(n)):
         angles = [position * base ** (-2 * i / DIM) for i in range(DIM // 2)]
-        assert packed.rotation[0][token, 0].tolist() == pytest.approx([math.cos(a) for a in angles], abs=1e-6)
-        assert packed.rotation[1][token, 0].tolist() == pytest.approx([math.sin(a) for a in angles], abs=1e-6)
+        assert packed.rotation[FULL][0][token, 0].tolist() == pytest.approx([math.cos(a) for a in angles], abs=1e-6)
+        assert packed.rotation[FULL][1][token, 0].tolist() == pytest.approx([math.sin(a) for a in angles], abs=1e-6)
 
 
 def test_queries_and_keys_are_turned_and_gradients_turned_back(attention: PackedAttention) -> None:
     """Against complex numbers: halves (a, b) are a + ib, a rotation is a product with cos + i sin. 1e-12 in float64."""
     lengths = [6, 4]
     packed = PackedSequences.of(lengths)
-    PackedRotary(DIM, 100.0, torch.float64)(packed)
+    PackedRotary(one_kind(100.0, DIM), torch.float64)(packed)
     inputs = [draw(10, heads, seed).requires_grad_() for seed, heads in enumerate((HEADS, GROUPS, GROUPS))]
     out = attention(*inputs, packed_seq_params=packed)
 
     def turned(x: torch.Tensor) -> torch.Tensor:
-        product = torch.complex(*x[:, 0].chunk(2, dim=-1)) * torch.complex(*packed.rotation)
+        product = torch.complex(*x[:, 0].chunk(2, dim=-1)) * torch.complex(*packed.rotation[FULL])
         return torch.cat([product.real, product.imag], dim=-1)[:, None]
 
     query, key, value = inputs
@@ -216,12 +248,12 @@ def test_queries_and_keys_are_turned_and_gradients_turned_back(attention: Packed
 def test_rotation_of_long_positions_stays_exact() -> None:
     """float32 angles at position 32767: off by no more than the angle's own rounding (2e-3), and bfloat16 tables come from them."""
     packed = PackedSequences.of([32768])
-    PackedRotary(128, 1e6, torch.float32)(packed)
-    cosine, sine = packed.rotation
+    PackedRotary(one_kind(1e6, 128), torch.float32)(packed)
+    cosine, sine = packed.rotation[FULL]
     assert cosine[-1, 0, 0].item() == pytest.approx(math.cos(32767), abs=2e-3)
     assert sine[-1, 0, 63].item() == pytest.approx(math.sin(32767 * 1e6 ** (-126 / 128)), abs=1e-6)
-    PackedRotary(128, 1e6, torch.bfloat16)(packed)
-    assert torch.equal(packed.rotation[0], cosine.bfloat16())
+    PackedRotary(one_kind(1e6, 128), torch.bfloat16)(packed)
+    assert torch.equal(packed.rotation[FULL][0], cosine.bfloat16())
 
 
 def test_other_packing_is_refused(attention: PackedAttention) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_checkpoint
+from tiny import make_checkpoint, make_olmo3
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_antisd.models import qwen3
+from megatron_antisd.models.build import FAMILIES, describe
+from megatron_antisd.models.rotary import frequencies
 from megatron_antisd.models.weight_map import Geometry, Layout, merge, split
 
 HIDDEN, HEADS, GROUPS, DIM, VOCAB = 24, 8, 4, 5, 61
@@ -123,7 +124,7 @@ def table_names(hf: dict[str, Any]) -> list[str]:
     """Every Hugging Face name of the table, layers and experts written out."""
     experts = hf.get("num_experts") or hf.get("num_local_experts") or 0
     names = []
-    for weight in qwen3.weights(hf):
+    for weight in FAMILIES[hf["model_type"]].weights(hf):
         for name in weight.huggingface:
             layers = range(hf["num_hidden_layers"]) if "{layer}" in name else (None,)
             names += [name.format(layer=layer, expert=expert) for layer in layers for expert in (range(experts) if weight.expert else (None,))]
@@ -147,6 +148,39 @@ def test_table_names_what_transformers_writes(tmp_path: Path, moe: bool, tied: b
     assert set(names) == set(load_file(checkpoint / "model.safetensors"))
     assert set(names) == meta_names({**hf, "num_experts": hf.get("num_experts") or hf.get("num_local_experts")} if moe else hf), \
         "the expansion of fused names below stands on this"
+
+
+def test_olmo3s_table_names_what_transformers_writes(tmp_path: Path) -> None:
+    checkpoint = make_olmo3(tmp_path)
+    names = table_names(json.loads((checkpoint / "config.json").read_text()))
+    assert len(set(names)) == len(names) and set(names) == set(load_file(checkpoint / "model.safetensors"))
+
+
+def test_olmo3s_table_names_all_weights_at_full_size() -> None:
+    """transformers' defaults are OLMo-3 7B's shape."""
+    hf = AutoConfig.for_model("olmo3").to_dict()
+    assert (hf["hidden_size"], hf["num_hidden_layers"], hf["intermediate_size"], hf["sliding_window"]) == (4096, 32, 11008, 4096)
+    assert set(table_names(hf)) == meta_names(hf)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_rotary_frequencies_are_transformers_own(tmp_path: Path, theta: float) -> None:
+    """Bitwise those of its model's buffers, each kind of layer, YaRN's factor included; and YaRN for Qwen3, as its model card sets it."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": theta}
+    config = AutoConfig.for_model("olmo3", hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=32, vocab_size=32,
+                                  rope_parameters={"full_attention": yarn, "sliding_attention": {"rope_type": "default", "rope_theta": theta}})
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    found = frequencies(config.to_dict())
+    for kind in ("full_attention", "sliding_attention"):
+        torch.testing.assert_close(found[kind][0], getattr(rotary, f"{kind}_inv_freq"), rtol=1e-6, atol=0)
+        assert found[kind][1] == getattr(rotary, f"{kind}_attention_scaling")
+    assert found["full_attention"][1] > 1.2 and not torch.equal(found["full_attention"][0], found["sliding_attention"][0])
+
+    path = make_checkpoint(tmp_path, moe=False, rope_parameters={**yarn, "factor": 4.0})
+    rotary = AutoModelForCausalLM.from_pretrained(path).model.rotary_emb
+    ((kind, (inverse, scale)),) = frequencies(describe(path, 1).hf).items()
+    torch.testing.assert_close(inverse, rotary.inv_freq, rtol=1e-6, atol=0)
+    assert kind == "full_attention" and scale == rotary.attention_scaling
 
 
 def real_configs() -> list[Path]:

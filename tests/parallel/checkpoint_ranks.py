@@ -86,7 +86,7 @@ def refuse_other_model(config, layout, checkpoint: Path) -> None:
         load_checkpoint(checkpoint, stranger)
     except CheckpointError as error:
         assert "moe_intermediate_size: 48 in the checkpoint, 32 here" in str(error), error
-        assert "rope_base: " in str(error) and "hidden_size" not in str(error), error
+        assert "rope: " in str(error) and "hidden_size" not in str(error), error
     else:
         raise AssertionError("another model's checkpoint was loaded")
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(stranger).items())

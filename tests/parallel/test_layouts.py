@@ -12,7 +12,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
-from tiny import make_checkpoint, make_views
+from tiny import make_checkpoint, make_olmo3, make_views
 
 SCRIPT = Path(__file__).with_name("layout_ranks.py")
 SCORE, LOSS, GRADIENT = 2e-5, 2e-5, 1e-4
@@ -34,8 +34,11 @@ LAYOUTS = {
     "tp2-ep2-etp2": (4, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2", "parallel.expert_tensor_parallel_size=2"], "moe"),
     "tp2-dense": (2, ["parallel.tensor_parallel_size=2"], "dense"),
     "pp2-dense-tied": (2, ["parallel.pipeline_parallel_size=2"], "dense"),
+    "tp2-olmo3": (2, ["parallel.tensor_parallel_size=2"], "olmo3"),
+    "tp2-pp2-olmo3": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], "olmo3"),
+    "pp2-recompute-olmo3": (2, ["parallel.pipeline_parallel_size=2", "model.recompute=full"], "olmo3"),
 }
-SLOW = {"dp2-plain-optimizer", "tp2-etp2", "pp2-recompute", "tp2-ep2-etp2", "tp2-dense"}
+SLOW = {"dp2-plain-optimizer", "tp2-etp2", "pp2-recompute", "tp2-ep2-etp2", "tp2-dense", "tp2-pp2-olmo3", "pp2-recompute-olmo3"}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path
     """kind -> (checkpoint, what one rank got)."""
     root = tmp_path_factory.mktemp("layouts")
     found = {}
-    for kind in ("moe", "dense"):
-        checkpoint = make_checkpoint(root / kind, moe=kind == "moe", tied=kind == "dense")
+    for kind in ("moe", "dense", "olmo3"):
+        checkpoint = make_olmo3(root / kind) if kind == "olmo3" else make_checkpoint(root / kind, moe=kind == "moe", tied=kind == "dense")
         output = root / f"{kind}.pt"
         run_ranks(SCRIPT, 1, str(checkpoint), str(output), str(STEPS), "parallel.distributed_optimizer=false")
         found[kind] = (checkpoint, torch.load(output))
@@ -67,7 +70,7 @@ def huggingface_scores(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tens
     return torch.cat(log_probs), torch.cat(entropies)
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("kind", ["moe", "dense", "olmo3"])
 def test_one_rank_scores_as_transformers(references: dict, kind: str) -> None:
     checkpoint, result = references[kind]
     with torch.no_grad():
@@ -76,7 +79,7 @@ def test_one_rank_scores_as_transformers(references: dict, kind: str) -> None:
     assert (result["score"][1] - entropy).abs().max() < SCORE
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("kind", ["moe", "dense", "olmo3"])
 def test_one_rank_gradients_as_transformers(references: dict, kind: str) -> None:
     """The whole AntiSD loss through transformers and autograd, written out by hand."""
     import sys
