@@ -240,6 +240,7 @@ BROKEN = {
     "sparse and dense layers": ([], {**MOE, "mlp_only_layers": [1], "decoder_sparse_step": 2}, 1, ["mlp_only_layers", "decoder_sparse_step"]),
     "router weights": ([], {**MOE, "norm_topk_prob": False}, 1, ["norm_topk_prob=false"]),
     "model type": ([], {**DENSE, "model_type": "llama"}, 1, ["'llama' is not supported", "qwen3, qwen3_moe, olmo3"]),
+    "keys of an OLMo-3": ([], {"model_type": "olmo3", "hidden_size": 8}, 1, ["lacks intermediate_size", "num_attention_heads", "head_dim"]),
     "keys of the model": ([], {"model_type": "qwen3_moe", "hidden_size": 8}, 1, ["lacks intermediate_size", "head_dim", "num_experts"]),
     "response fills the context": (["rollout.max_new_tokens=256"], MOE, 1,
                                    ["rollout.max_new_tokens=256 must be less than rollout.max_context=256"]),

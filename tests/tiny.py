@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face checkpoints, made by transformers itself, and views to score."""
+"""Tiny random Hugging Face checkpoints, made by transformers itself, views to score, and the groups of one rank."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ import torch
 from megatron_antisd.records import ScoringView
 
 VOCAB = 61
+
+
+class OneRank:
+    """A process group of this process alone, as far as an attention layer asks."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+class Groups:
+    tp = cp = OneRank()
 
 
 def make_olmo3(directory: Path, *, seed: int = 0, **changes: Any) -> Path:

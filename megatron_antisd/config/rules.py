@@ -82,9 +82,9 @@ def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: in
         return
     # transformers 5 writes the number of experts of Qwen3-MoE as num_local_experts; earlier releases as num_experts.
     model = {**model, "num_experts": model.get("num_experts", model.get("num_local_experts"))}
-    if model_type == "olmo3":  # its published configs leave out what equals the default
-        model = {**model, "num_key_value_heads": model.get("num_key_value_heads") or model.get("num_attention_heads"),
-                 "head_dim": model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]}
+    heads, hidden = model.get("num_attention_heads"), model.get("hidden_size")
+    if model_type == "olmo3" and heads and hidden:  # its published configs leave out what equals the default
+        model = {**model, "num_key_value_heads": model.get("num_key_value_heads") or heads, "head_dim": model.get("head_dim") or hidden // heads}
     moe = model_type == "qwen3_moe"
     yield from _architecture_problems(model, moe=moe)
     missing = [key for key in (*MODEL_KEYS, *(MOE_KEYS if moe else ())) if model.get(key) is None]

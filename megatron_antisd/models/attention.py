@@ -46,8 +46,8 @@ class AttentionBatch:
 
     query: torch.Tensor
     """[n, L]."""
-    before: torch.Tensor | None
-    """[n, P]: the sequences that these continue, all of P tokens; None where they begin themselves."""
+    key: torch.Tensor
+    """[n, P + L]: before the queries the sequences that these continue, all of P tokens; `query` itself where they begin themselves."""
 
 
 @dataclass
@@ -85,8 +85,8 @@ class PackedSequences(PackedSeqParams):
             size = torch.tensor([lengths[i] for i in group])[:, None]
             query = starts[group][:, None] + torch.minimum(span, size - 1)
             trunks = [parents[i] for i in group if parents[i] is not None]
-            trunk = (starts[trunks][:, None] + torch.arange(before[group[0]])).to(device) if trunks else None
-            batches.append(AttentionBatch(query.to(device), trunk))
+            key = torch.cat([starts[trunks][:, None] + torch.arange(before[group[0]]), query], dim=1) if trunks else query
+            batches.append(AttentionBatch(query.to(device), key.to(device)))
             flat = offset + torch.arange(query.numel()).view_as(query)
             valid = span < size
             unpack[query[valid]] = flat[valid]
@@ -185,8 +185,7 @@ class PackedAttention(DotProductAttention):
     def _packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         outputs = []
         for batch in packed.batches:
-            key = batch.query if batch.before is None else torch.cat([batch.before, batch.query], dim=1)
-            tensors = [x[index].transpose(1, 2) for x, index in ((q, batch.query), (k, key), (v, key))]  # [n, heads, L or P + L, d]
+            tensors = [x[index].transpose(1, 2) for x, index in ((q, batch.query), (k, batch.key), (v, batch.key))]  # [n, heads, L or P + L, d]
             outputs.append(self._attend(*tensors).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[packed.unpack]
 

@@ -27,13 +27,18 @@ def finished_weight_gradient(weight: torch.Tensor, buffer: torch.Tensor) -> torc
 
 
 def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total` `[m, n]` += a `[m, k]` @ b `[k, n]`, in place. `b` carries the model's dtype; on a GPU bfloat16 is multiplied as such."""
+    """`total` `[m, n]` += a `[m, k]` @ b `[k, n]`, in place."""
     if total.dtype == a.dtype == b.dtype:
         total.addmm_(a, b)  # spares the product of its own
-    elif b.is_cuda and b.dtype == torch.bfloat16:
-        total.add_(torch.mm(a.to(b.dtype), b, out_dtype=torch.float32))
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.add_(matmul_fp32(a, b))
+
+
+def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a `[m, k]` @ b `[k, n]` -> `[m, n]` fp32. `b` carries the model's dtype, `a` that or fp32."""
+    if b.is_cuda and b.dtype == torch.bfloat16:
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _has_main_grad(weight: torch.Tensor) -> bool:

@@ -109,12 +109,13 @@ class WeightStream:
         size = dist.get_world_size(group)
         numel = sum(entry.numel for entry in bucket)
         dtype = first.dtype if source is torch.Tensor.detach else torch.float32  # gradients are fp32
-        shards = torch.empty(size, numel, dtype=dtype, device=layout.device)
-        if first.stage == layout.pipeline_rank:
-            flat = torch.cat([source(self._local[(e.weight.megatron, e.layer, e.local_expert)]).flatten() for e in bucket])
-            if size == 1:
-                shards = flat[None]  # a collective of one rank would copy it all the same
-            else:
+        held = first.stage == layout.pipeline_rank
+        flat = torch.cat([source(self._local[(e.weight.megatron, e.layer, e.local_expert)]).flatten() for e in bucket]) if held else None
+        if held and size == 1:
+            shards = flat[None]  # a collective of one rank would copy it all the same
+        else:
+            shards = torch.empty(size, numel, dtype=dtype, device=layout.device)
+            if held:
                 dist.all_gather_into_tensor(shards.view(-1), flat, group=group)
         if layout.pipeline_size > 1:
             dist.broadcast(shards, src=dist.get_global_rank(layout.pipeline, first.stage), group=layout.pipeline)

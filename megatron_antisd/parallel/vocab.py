@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, weight_gradient_buffer
+from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, matmul_fp32, weight_gradient_buffer
 
 EXP_FLOOR = -1000.0
 """Stands for -inf where a shifted logit is multiplied by its exponential: exp(-1000) is 0 in fp32, and 0 * -1000 is not NaN."""
@@ -264,7 +264,7 @@ class _LinearScores(torch.autograd.Function):
         true_weight = weight[: shard.true_columns]
         local = _empty_statistics(targets)
         for rows in shard.chunks(targets.shape[0], chunk_tokens):
-            logits = _matmul_fp32(hidden[rows], true_weight.t()).div_(temperature)  # [c, true columns]
+            logits = matmul_fp32(hidden[rows], true_weight.t()).div_(temperature)  # [c, true columns]
             local[:, rows] = _chunk_statistics(logits, column[rows])
             del logits  # or it would still be there while the next chunk's are made
         log_prob, norm = _merge(local, targets, owned, shard)
@@ -285,9 +285,9 @@ class _LinearScores(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None  # [T, H]
         weight_total = weight_gradient_buffer(ctx.parameter) if needs_weight else None  # [V_padded / tp, H]
         for rows in shard.chunks(hidden.shape[0], ctx.chunk_tokens):
-            grad_logits = given.chunk(_matmul_fp32(hidden[rows], true_weight.t()).div_(temperature), rows)  # [c, true columns]
+            grad_logits = given.chunk(matmul_fp32(hidden[rows], true_weight.t()).div_(temperature), rows)  # [c, true columns]
             if grad_hidden is not None:
-                grad_hidden[rows] = _matmul_fp32(grad_logits, true_weight)
+                grad_hidden[rows] = matmul_fp32(grad_logits, true_weight)
             if weight_total is not None:
                 add_matmul(weight_total[: shard.true_columns], grad_logits.t(), hidden[rows])
             del grad_logits
@@ -311,10 +311,3 @@ def _remember(
 def _fp32_copy(logits: torch.Tensor, rows: slice, shard: _Shard) -> torch.Tensor:
     """`[c, true columns]` fp32, always memory of its own: the caller's logits must not change."""
     return logits[rows, : shard.true_columns].to(torch.float32, copy=True)
-
-
-def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a `[m, k]` @ b `[k, n]` -> `[m, n]` fp32. `b` carries the model's dtype, `a` that or fp32."""
-    if b.is_cuda and b.dtype == torch.bfloat16:
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return a.float() @ b.float()

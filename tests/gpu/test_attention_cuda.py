@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tiny import Groups
 
 from megatron_antisd.models.attention import PackedAttention, PackedRotary, PackedSequences
 from megatron_antisd.models.rotary import FULL
@@ -20,20 +21,6 @@ CASES: dict[str, tuple[list[int], Continues]] = {
     "separate": ([130, 1, 64, 57, 129], [None] * 5),
     "continued": ([100, 37, 1, 64, 100, 40, 20, 33, 90], [None, 0, 0, None, None, 4, None, 6, 6]),
 }
-
-
-class OneRank:
-    """A process group of this process alone, as far as the layer asks."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
-class Groups:
-    tp = cp = OneRank()
 
 
 def oracle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], lengths: list[int],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tiny import Groups
 
 from megatron_antisd.models.attention import KeyValueCache, PackedAttention, PackedRotary, PackedSequences
 from megatron_antisd.models.rotary import FULL, SLIDING, Frequencies
@@ -24,20 +25,6 @@ Continues = list[int | None]
 CONTINUED: list[tuple[list[int], Continues]] = [
     ([4, 3], [None, 0]), ([5, 1, 6, 6], [None, 0, 0, 0]), ([9, 2, 7, 9, 4, 30, 1, 1, 3], [None, 0, 0, None, 3, None, 5, None, 0])]
 LENGTHS = [[1], [5], [1, 1, 1], [7, 1, 30, 2], [3, 3, 3, 3], [1, 40, 39, 2, 2, 17, 1], [64, 5, 9, 33, 12, 12, 50]]
-
-
-class OneRank:
-    """A process group of this process alone, as far as the layer asks."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
-class Groups:
-    tp = cp = OneRank()
 
 
 def build(window: int | None) -> PackedAttention:
