@@ -16,12 +16,14 @@ CORE = [
     "megatron-core==0.16.1",  # exact: compat/ and checkpoint patch parts of it that carry no promise of stability
     "numpy",
     "packaging",
+    "protobuf",
     "psutil",
     "pyarrow",
     "pydantic>=2.12,<3",
     "pyyaml",
     "rich",
     "safetensors>=0.6.2",
+    "sentencepiece>=0.2.3",  # gives character offsets as `offset_mapping`
     "tensorboard",
     "torch",  # 2.13.0 in tools/setup_env.sh; no pin here, so that a container's own build is left alone
     "transformers>=5.16.1,<5.20",  # what vLLM 0.32 accepts

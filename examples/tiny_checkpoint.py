@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja")
 VOCABULARY_MULTIPLE = 64
 """The vocabulary of a given tokenizer is filled up to a multiple of this, so that it splits evenly over tensor-parallel ranks."""
 
@@ -57,7 +58,7 @@ def make_tiny_checkpoint(output: str | Path, *, shape: Shape | None = None, voca
         raise ValueError(f"{output} exists and is not empty; name another directory, or remove it")
     output.mkdir(parents=True, exist_ok=True)
     words = _copy_tokenizer(output, tokenizer, chat_template) if tokenizer else _own_tokenizer(output, vocab_size or 512, shape.context)
-    needed = len(words)
+    needed = max(words.get_vocab().values()) + 1
     size = vocab_size or needed + -needed % VOCABULARY_MULTIPLE
     if size < needed:
         raise ValueError(f"vocab_size={size} is below the {needed} entries of the tokenizer {tokenizer}; raise it or leave it out")
@@ -96,16 +97,16 @@ def _own_tokenizer(output: Path, vocab_size: int, context: int) -> PreTrainedTok
 
 
 def _copy_tokenizer(output: Path, source: str | Path, chat_template: str | Path | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from megatron_antisd.data import load_tokenizer
 
-    if not (Path(source) / "tokenizer.json").is_file():
-        raise ValueError(f"{source} holds no tokenizer.json; expected the directory of a Hugging Face tokenizer")
+    if not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(f"{source} holds neither tokenizer.json nor tokenizer.model; expected the directory of a Hugging Face tokenizer")
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, output / name)
     if chat_template is not None:
         shutil.copyfile(chat_template, output / "chat_template.jinja")
-    tokenizer = AutoTokenizer.from_pretrained(output)
+    tokenizer = load_tokenizer(output, sys.maxsize)  # the model's vocabulary is made to fit
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer in {source} has no chat template; name one with --chat-template FILE")
     if tokenizer.eos_token_id is None:

@@ -20,7 +20,7 @@ import yaml
 from megatron_antisd.algorithm import EntropyGate
 from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig, dump_config, rules
-from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError, load_problems
+from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError, load_problems, load_tokenizer, stop_token_ids
 from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.records import Problem
 from megatron_antisd.rollout.engine import Engine, EngineError, Sampling
@@ -99,13 +99,13 @@ def build_run(config: RunConfig) -> Run:
     world = int(_environment("WORLD_SIZE", "1"))
     model = _model_config(config)
     rules.check(config, model, world)
-    tokenizer = _load_tokenizer(config.model.path, model["vocab_size"])
+    tokenizer = load_tokenizer(config.model.path, model["vocab_size"])
     problems = load_problems(config.data.train)
     benchmarks = {b.name: load_problems([b.path]) for b in config.evaluation.benchmarks}
     context = rules.max_context(config, model)
     prompts = PromptBuilder(tokenizer, config.data, config.privileged, context)
     _check_prompts(config, prompts, problems, benchmarks)
-    stop_token_ids = _stop_tokens(tokenizer, config.model.path)
+    stop_ids = stop_token_ids(tokenizer, config.model.path)
     sampler = ProblemSampler(problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
     grader = GradingPool(config.grading.workers, config.grading.timeout_seconds, config.grading.function)
 
@@ -115,7 +115,7 @@ def build_run(config: RunConfig) -> Run:
         config=config, trainer=trainer, engine=engine, tokenizer=tokenizer, prompts=prompts, sampler=sampler, grader=grader,
         gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max), benchmarks=benchmarks,
         sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
-                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=stop_token_ids),
+                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=stop_ids),
         probe=SyncProbe(
             prompts.student_prompt(problems[0]), score=trainer.score, copies=world, max_context=context, temperature=config.rollout.temperature,
             limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype]),
@@ -225,30 +225,6 @@ def _model_config(config: RunConfig) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path: {path} is not valid JSON: {error}") from error
-
-
-def _load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise ConfigError(f"model.path: the tokenizer in {path} has ids up to {largest}, but the model's vocab_size is {vocab_size}; "
-                          "the two do not belong together")
-    return tokenizer
-
-
-def _stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[int, ...]:
-    """The tokenizer's end token and those of generation_config.json (Qwen3 has two)."""
-    found = {tokenizer.eos_token_id}
-    generation = Path(path) / "generation_config.json"
-    if generation.is_file():
-        ids = json.loads(generation.read_text()).get("eos_token_id")
-        found |= set(ids if isinstance(ids, list) else [ids])
-    stop = tuple(sorted(i for i in found if i is not None))
-    if not stop:
-        raise ConfigError(f"model.path: neither the tokenizer nor generation_config.json in {path} names an end token; set eos_token")
-    return stop
 
 
 def _environment(name: str, default: str) -> str:

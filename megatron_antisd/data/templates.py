@@ -43,7 +43,7 @@ class PromptBuilder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, privileged: PrivilegedConfig, max_context: int) -> None:
         if not tokenizer.chat_template:
             raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template (base models often come without); put the "
-                              "model's chat_template.jinja beside its tokenizer.json, or set `chat_template` in tokenizer_config.json")
+                              "model's chat_template.jinja beside its tokenizer, or set `chat_template` in tokenizer_config.json")
         if not tokenizer.is_fast:
             raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} reports no character offsets, which cutting a solution needs; "
                               "convert it to the tokenizer.json format")
