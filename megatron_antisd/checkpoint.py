@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from megatron.core import tensor_parallel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_antisd.models.build import ModelDescription, PolicyModel
-from megatron_antisd.models.weight_map import Layout, Weight
+from megatron_antisd.models.weight_map import Entry, Layout, Weight
 from megatron_antisd.parallel.global_tensors import GlobalTensor, LoadPlanner, SavePlanner, place_shard
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer_state import MOMENTS, OptimizerSlice, optimizer_slices
-from megatron_antisd.parallel.reshard import local_weights
+from megatron_antisd.parallel.reshard import global_expert, local_weights, tensor_place, tied_copy
 from megatron_antisd.parallel.trainer import Trainer
 
 FORMAT = 1
@@ -71,7 +71,7 @@ def save_checkpoint(directory: Path, step: int, trainer: Trainer, state: dict[st
     slices = optimizer_slices(trainer.optimizer)
     optimizer_step = _optimizer_step(slices)
     tensors = _rng_tensors(layout, _rng_state(layout))
-    for shard in _shards(trainer.model, trainer.description, layout):
+    for shard in _shards(trainer.chunks, trainer.description, layout):
         if not shard.copy and (part := slices.get(shard.parameter)) is not None:
             tensors |= _optimizer_tensors(shard, part, part.moments() if optimizer_step else {}, main=True)
     try:
@@ -103,11 +103,11 @@ def load_checkpoint(path: Path, trainer: Trainer, *, restore_rng: bool = True) -
     says so) and sums round differently. Raises CheckpointError, before anything is loaded, for a damaged checkpoint or another model's.
     """
     layout = trainer.layout
-    manifest = load_weights(path, trainer.model, trainer.description, layout)
+    manifest = load_weights(path, trainer.chunks, trainer.description, layout)
     slices = optimizer_slices(trainer.optimizer)
     tensors: dict[str, GlobalTensor] = {}
     moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-    for shard in _shards(trainer.model, trainer.description, layout):
+    for shard in _shards(trainer.chunks, trainer.description, layout):
         if (part := slices.get(shard.parameter)) is not None:
             main = part.main
             moments[main] = {key: torch.zeros_like(main) for key in MOMENTS} if manifest["optimizer_step"] else {}
@@ -126,12 +126,12 @@ def load_checkpoint(path: Path, trainer: Trainer, *, restore_rng: bool = True) -
     return _on_main(layout, lambda: _read_json(path / "state.json"))
 
 
-def load_weights(path: Path, model: PolicyModel, description: ModelDescription, layout: ProcessLayout) -> dict[str, Any]:
+def load_weights(path: Path, chunks: Sequence[PolicyModel], description: ModelDescription, layout: ProcessLayout) -> dict[str, Any]:
     """Fill a model without optimizer; returns the manifest. Collective. Raises CheckpointError as `load_checkpoint` does."""
     manifest = _on_main(layout, lambda: _read_manifest(path))
     _check_model(path, manifest["model"], model_fields(description))
     tensors = {}
-    for shard in _shards(model, description, layout):
+    for shard in _shards(chunks, description, layout):
         if shard.weight.layout is Layout.VOCAB:
             with torch.no_grad():
                 shard.parameter.zero_()  # padding rows are in no checkpoint
@@ -150,7 +150,7 @@ def model_fields(description: ModelDescription) -> dict[str, Any]:
 
 def describe_layout(trainer: Trainer) -> dict[str, Any]:
     """The layout as the manifest records it."""
-    parallel = trainer.config.parallel.model_dump(exclude={"timeout_seconds"})
+    parallel = trainer.config.parallel.model_dump(mode="json", exclude={"timeout_seconds"})
     return parallel | {"world_size": trainer.layout.world_size, "device": trainer.layout.device.type}
 
 
@@ -176,17 +176,17 @@ class _Shard:
                            self.description.geometry.vocab_size)
 
 
-def _shards(model: PolicyModel, description: ModelDescription, layout: ProcessLayout) -> Iterator[_Shard]:
-    experts = description.experts // layout.expert_size if description.experts else 0
-    for entry, parameter in local_weights(model, description, layout):
-        expert = None if entry.local_expert is None else layout.expert_rank * experts + entry.local_expert
-        rank, size = (layout.expert_tensor_rank, layout.expert_tensor_size) if expert is not None else (layout.tensor_rank, layout.tensor_size)
-        yield _Shard(name=entry.weight.megatron.format(layer=entry.layer, expert=expert), weight=entry.weight, parameter=parameter,
-                     tensor_rank=rank, tensor_size=size, description=description)
-    if description.tied and layout.pipeline_size > 1 and model.post_process:
-        (weight,) = (w for w in description.weights if w.layout is Layout.VOCAB)
-        yield _Shard(name=weight.megatron, weight=weight, parameter=model.output_layer.weight, tensor_rank=layout.tensor_rank,
-                     tensor_size=layout.tensor_size, description=description, copy=True)
+def _shards(chunks: Sequence[PolicyModel], description: ModelDescription, layout: ProcessLayout) -> Iterator[_Shard]:
+    def shard(entry: Entry, parameter: torch.nn.Parameter, copy: bool = False) -> _Shard:
+        rank, size = tensor_place(entry.weight, layout)
+        return _Shard(name=entry.name, weight=entry.weight, parameter=parameter, tensor_rank=rank, tensor_size=size, description=description,
+                      copy=copy)
+
+    for sharded, parameter in local_weights(chunks, description, layout):
+        yield shard(sharded.entry(global_expert(sharded.local_expert, description, layout)), parameter)
+    copy = tied_copy(chunks, description, layout)
+    if copy is not None:
+        yield shard(description.embedding(), copy, copy=True)
 
 
 def _optimizer_tensors(shard: _Shard, part: OptimizerSlice, moments: dict[str, torch.Tensor], *, main: bool) -> dict[str, GlobalTensor]:

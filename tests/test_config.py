@@ -209,13 +209,15 @@ def test_layouts_that_fit(overrides: list[str], model: dict[str, Any], world: in
 
 
 TP, PP, CP = "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size", "parallel.context_parallel_size"
+VPP, LAYERS = "parallel.virtual_pipeline_size", "parallel.pipeline_layers"
 EP, ETP = "parallel.expert_parallel_size", "parallel.expert_tensor_parallel_size"
 
 BROKEN = {
     "world not a multiple of TP*PP": ([f"{TP}=2", f"{PP}=2"], MOE, 6, [f"world size 6 must be divisible by {TP}=2", "= 4"]),
     "world smaller than TP": ([f"{TP}=4"], DENSE, 2, [f"world size 2 must be divisible by {TP}=4"]),
     "world not a multiple of ETP*EP*PP": ([f"{EP}=4"], MOE, 2, ["world size 2", "expert_parallel_size=4", "= 4"]),
-    "context parallel": ([f"{CP}=2"], MOE, 2, [f"{CP}=2 is not supported yet"]),
+    "world not a multiple of TP*CP": ([f"{TP}=2", f"{CP}=2"], MOE, 2, ["world size 2 must be divisible", "context_parallel_size=2 = 4"]),
+    "virtual stages without stages": ([f"{VPP}=2"], MOE, 1, [f"{VPP}=2 needs parallel.pipeline_parallel_size above 1"]),
     "engine replicas": (["rollout.tensor_parallel_size=2"], MOE, 3, ["world size 3", "rollout.tensor_parallel_size=2"]),
     "rollouts over replicas": (["rollout.problems_per_step=3", "rollout.group_size=3"], MOE, 2,
                                ["rollout.problems_per_step=3 * group_size=3", "= 9 rollouts", "data-parallel size 2"]),
@@ -226,7 +228,11 @@ BROKEN = {
     "hidden size": ([f"{TP}=2"], {**MOE, "hidden_size": 63}, 2, [f"hidden_size=63, must be divisible by {TP}=2"]),
     "feed-forward width": ([f"{TP}=2"], {**DENSE, "intermediate_size": 129}, 2, [f"intermediate_size=129, must be divisible by {TP}=2"]),
     "grouped heads": ([], {**DENSE, "num_key_value_heads": 3}, 1, ["num_attention_heads=4", "num_key_value_heads=3"]),
-    "layers": ([f"{PP}=3"], MOE, 3, [f"num_hidden_layers=4, must be divisible by {PP}=3", "uneven"]),
+    "layers": ([f"{PP}=5"], MOE, 5, [f"num_hidden_layers=4, are fewer than {PP}=5"]),
+    "layers of virtual stages": ([f"{PP}=2", f"{VPP}=3"], MOE, 2, ["num_hidden_layers=4, are fewer than", "virtual_pipeline_size=3 = 6"]),
+    "layers that do not sum": ([f"{PP}=2", f"{LAYERS}=[1,2]"], MOE, 2, [f"{LAYERS}=[1, 2] must name 2 numbers", "names 2 with the sum 3"]),
+    "too many stages": ([f"{PP}=2", f"{LAYERS}=[1,2,1]"], MOE, 2, [f"{LAYERS}=[1, 2, 1] must name 2 numbers", "num_hidden_layers=4"]),
+    "a stage without layers": ([f"{PP}=2", f"{LAYERS}=[0,4]"], MOE, 2, [f"{LAYERS}=[0, 4] must name 2 numbers of at least 1"]),
     "experts": ([f"{EP}=3"], MOE, 3, [f"num_experts=8, must be divisible by {EP}=3"]),
     "expert width": ([f"{ETP}=5"], MOE, 5, [f"moe_intermediate_size=48, must be divisible by {ETP}=5"]),
     "experts of a dense model": ([f"{EP}=2", f"{ETP}=2"], DENSE, 4, [f"{EP}=2 needs a mixture-of-experts", f"{ETP}=2 needs", "'qwen3'"]),
@@ -270,9 +276,9 @@ def test_broken_layout_is_explained(name: str) -> None:
 
 def test_all_broken_rules_come_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_layout(configure(f"{TP}=3", f"{EP}=3", f"{CP}=2", "rollout.max_context=1000"), MOE, 4)
+        check_layout(configure(f"{TP}=3", f"{EP}=3", f"{VPP}=2", "rollout.max_context=1000"), MOE, 4)
     lines = str(caught.value).splitlines()[1:]
-    for part in ("world size 4", CP, "num_attention_heads=4", "num_experts=8", "rollout.max_context=1000"):
+    for part in ("world size 4", VPP, "num_attention_heads=4", "num_experts=8", "rollout.max_context=1000"):
         assert sum(part in line for line in lines) >= 1, lines
     assert len(lines) == len(set(lines))
 
@@ -289,6 +295,13 @@ def test_data_parallel_size_and_context() -> None:
         data_parallel_size(config, 6)
     assert max_context(config, MOE) == 256
     assert max_context(configure("rollout.max_context=null"), MOE) == 512
+
+
+@pytest.mark.parametrize(("overrides", "layers", "chunks"), [
+    ([f"{PP}=2"], 4, (2, 2)), ([f"{PP}=4"], 6, (2, 2, 1, 1)), ([f"{PP}=2", f"{VPP}=2"], 5, (2, 1, 1, 1)),
+    ([f"{PP}=2", f"{LAYERS}=[3,1]"], 4, (3, 1)), ([], 4, (4,))])
+def test_layers_of_pipeline_stages(overrides: list[str], layers: int, chunks: tuple[int, ...]) -> None:
+    assert configure(*overrides).parallel.chunk_layers(layers) == chunks
 
 
 # --- files and packages ---
@@ -358,7 +371,7 @@ def test_absent_packages_are_named(checkpoint: Path, monkeypatch: pytest.MonkeyP
     for overrides, part in [
         (["rollout.engine=vllm"], "rollout.engine=vllm: vLLM is not installed"),
         (["optimizer.backend=te"], "optimizer.backend=te: transformer-engine is not installed"),
-        (["model.spec=te"], "model.spec=te: transformer-engine layers are not built by this version"),
+        (["model.spec=te"], "model.spec=te: transformer-engine is not installed"),
         (["optimizer.backend=apex"], "NVIDIA's apex is not installed"),
         (["logging.wandb_project=p"], "wandb is not installed"),
     ]:
@@ -371,5 +384,5 @@ def test_absent_packages_are_named(checkpoint: Path, monkeypatch: pytest.MonkeyP
 
 def test_files_and_layout_come_in_one_message(checkpoint: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        check(on_disk(checkpoint, "data.train=[nowhere.jsonl]", f"{CP}=2"), MOE, 2)
-    assert "data.train[0]" in str(caught.value) and CP in str(caught.value)
+        check(on_disk(checkpoint, "data.train=[nowhere.jsonl]", f"{VPP}=2"), MOE, 2)
+    assert "data.train[0]" in str(caught.value) and VPP in str(caught.value)

@@ -26,7 +26,7 @@ class Groups:
     tp = cp = OneRank()
 
 
-def make_olmo3(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
+def make_olmo3(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """An OLMo-3 of 4 layers: three with a window of 8 tokens, one with YaRN."""
     from transformers import Olmo3Config, Olmo3ForCausalLM
 
@@ -42,7 +42,7 @@ def make_olmo3(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     return directory
 
 

@@ -26,7 +26,8 @@ ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 # vLLM 0.32, v1/attention/backends/cpu_attn.py. 16 starts and then fails at the first request.
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Those that hold a vocabulary; the first one found is read."""
 
 MODEL_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
               "head_dim", "max_position_embeddings")
@@ -136,8 +137,8 @@ def _world_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if world_size % expert_ranks:
         yield (f"world size {world_size} must be divisible by parallel.expert_tensor_parallel_size={p.expert_tensor_parallel_size} * "
                f"expert_parallel_size={p.expert_parallel_size} * pipeline_parallel_size={p.pipeline_parallel_size} = {expert_ranks}")
-    if p.context_parallel_size > 1:
-        yield f"parallel.context_parallel_size={p.context_parallel_size} is not supported yet by this version; set it to 1"
+    if p.virtual_pipeline_size > 1 and p.pipeline_parallel_size == 1:
+        yield f"parallel.virtual_pipeline_size={p.virtual_pipeline_size} needs parallel.pipeline_parallel_size above 1; set it to 1"
     engine = config.rollout.tensor_parallel_size
     if config.rollout.engine == "vllm" and world_size % engine:
         yield (f"world size {world_size} must be divisible by rollout.tensor_parallel_size={engine}: "
@@ -157,7 +158,7 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _trainer_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[str]:
-    tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    tp = config.parallel.tensor_parallel_size
     # Megatron also takes a TP size that is a multiple of the key/value heads, and replicates them: not in this version.
     for key, what in (("num_attention_heads", "attention heads"), ("num_key_value_heads", "key/value heads"),
                       ("hidden_size", "hidden size"), ("intermediate_size", "feed-forward width")):
@@ -166,10 +167,19 @@ def _trainer_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[s
     heads, groups = model["num_attention_heads"], model["num_key_value_heads"]
     if heads % groups:
         yield f"the model's num_attention_heads={heads} must be divisible by num_key_value_heads={groups}"
-    layers = model["num_hidden_layers"]
-    if layers % pp:
-        yield (f"the model's layers, num_hidden_layers={layers}, must be divisible by parallel.pipeline_parallel_size={pp}; "
-               "uneven stages are not supported by this version")
+    yield from _stage_problems(config, model["num_hidden_layers"])
+
+
+def _stage_problems(config: RunConfig, layers: int) -> Iterator[str]:
+    parallel = config.parallel
+    pp, vpp, given = parallel.pipeline_parallel_size, parallel.virtual_pipeline_size, parallel.pipeline_layers
+    if given is None:
+        if layers < pp * vpp:
+            yield (f"the model's layers, num_hidden_layers={layers}, are fewer than parallel.pipeline_parallel_size={pp} * "
+                   f"virtual_pipeline_size={vpp} = {pp * vpp}; each chunk needs at least one")
+    elif len(given) != pp * vpp or sum(given) != layers or min(given) < 1:
+        yield (f"parallel.pipeline_layers={list(given)} must name {pp * vpp} numbers of at least 1 (pipeline_parallel_size={pp} * "
+               f"virtual_pipeline_size={vpp}) that sum to the model's num_hidden_layers={layers}; it names {len(given)} with the sum {sum(given)}")
 
 
 def _expert_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
@@ -255,8 +265,8 @@ def _package_problems(config: RunConfig) -> Iterator[str]:
         yield "rollout.engine=vllm: vLLM is not installed; run tools/setup_env.sh, or set rollout.engine=megatron"
     if config.optimizer.backend == "te" and not _has("transformer_engine"):
         yield "optimizer.backend=te: transformer-engine is not installed; pip install 'megatron_antisd[te]', or set optimizer.backend=torch"
-    if config.model.spec == "te":
-        yield "model.spec=te: transformer-engine layers are not built by this version; set model.spec=local"
+    if config.model.spec == "te" and not _has("transformer_engine"):
+        yield "model.spec=te: transformer-engine is not installed; pip install 'megatron_antisd[te]', or set model.spec=local"
     if config.optimizer.backend == "apex" and not _has("apex", inside="optimizers"):
         yield ("optimizer.backend=apex: NVIDIA's apex is not installed (the package index's `apex` is another project of "
                "that name); build it from source or set optimizer.backend=torch")

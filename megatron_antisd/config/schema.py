@@ -27,7 +27,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of trainer and engine. Main weights, gradients and log-probs are fp32 in any case."""
     spec: Literal["local", "te"] = "local"
-    """Layer implementation: `local` is torch only. `te`, transformer-engine's layers, is refused by this version."""
+    """Layer implementation: `local` is torch only, `te` takes transformer-engine's layers."""
     recompute: Literal["none", "full"] = "none"
     """Activation recompute of whole layers."""
 
@@ -37,8 +37,12 @@ class ParallelConfig(Section):
     """TP. With TP > 1 sequence parallelism is on."""
     pipeline_parallel_size: int = Field(1, ge=1)
     """PP."""
+    virtual_pipeline_size: int = Field(1, ge=1)
+    """VPP: chunks of layers of each pipeline stage, which take turns (the interleaved schedule); needs PP > 1."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Layers of each of the PP x VPP chunks, in the model's order; None divides as evenly as it goes, the first chunks taking the rest."""
     context_parallel_size: int = Field(1, ge=1)
-    """CP."""
+    """CP: ranks that share the tokens of a row."""
     expert_parallel_size: int = Field(1, ge=1)
     """EP."""
     expert_tensor_parallel_size: int = Field(1, ge=1)
@@ -47,6 +51,13 @@ class ParallelConfig(Section):
     """Shard main weights and moments over data-parallel ranks."""
     timeout_seconds: int = Field(600, ge=10)
     """Time-out of collectives, and of a rank's wait for the slowest one in the rollout engine; Megatron's groups round it up to minutes."""
+
+    def chunk_layers(self, layers: int) -> tuple[int, ...]:
+        """Layers of each of the PP x VPP chunks of a model of `layers`, in the model's order: chunk i stands on stage i modulo PP."""
+        if self.pipeline_layers is not None:
+            return self.pipeline_layers
+        chunks = self.pipeline_parallel_size * self.virtual_pipeline_size
+        return tuple(layers // chunks + (i < layers % chunks) for i in range(chunks))
 
 
 class OptimizerConfig(Section):
@@ -153,6 +164,8 @@ class RolloutConfig(Section):
     """GPU memory share of the engine."""
     kv_cache_bytes: int | None = Field(None, ge=1 << 20)
     """Fixed KV cache size instead of a share; on CPU 256 MiB when unset."""
+    sync_bucket_bytes: int = Field(512 << 20, ge=1 << 10)
+    """Weights on their way to the engine at once: what a rank holds beside its shards during a sync (a larger tensor goes alone)."""
     ignore_eos: bool = False
     """Decode every response to `max_new_tokens`: for benchmarks with fixed lengths."""
     probe_max_mean: float | None = Field(None, gt=0)
@@ -161,7 +174,7 @@ class RolloutConfig(Section):
 
 class TrainerConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Upper bound of packed tokens in a micro-batch (a longer single sequence is its own micro-batch)."""
+    """Upper bound of packed tokens in a micro-batch, over all context-parallel ranks (a longer single sequence is its own micro-batch)."""
     score_micro_batch_tokens: int = Field(32768, ge=1)
     """The same for scoring without gradient."""
     vocab_chunk_tokens: int = Field(1024, ge=1)

@@ -4,17 +4,25 @@ Megatron's own torch attention refuses packed sequences. Here a row of T tokens 
 (`PackedSequences`); rotary positions restart at every sequence and no sequence sees another, except that a sequence may continue an
 earlier one: the responses to one prompt, say, which then passes through the model once. Inside the attention alone the sequences are laid
 out as a few right-padded batches of similar length, so the kernel is plain causal SDPA (for continuations, with the diagonal at the lower right).
+
+Under context parallelism a rank holds two of the row's 2 CP equal chunks, one from each end: causal attention then costs every rank about the
+same. It attends with its own queries to the keys and values of the whole row, which are gathered; a chunk that begins inside a sequence
+is a continuation of what stands before it.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -42,28 +50,43 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """n sequences of up to L tokens as row indices; padding repeats a sequence's last token."""
+    """n pieces of sequences, up to L tokens of each; padding repeats a piece's last token."""
 
     query: torch.Tensor
-    """[n, L]."""
+    """[n, L], among this rank's tokens."""
     key: torch.Tensor
-    """[n, P + L]: before the queries the sequences that these continue, all of P tokens; `query` itself where they begin themselves."""
+    """[n, P + L], among the row's tokens (as they are gathered under context parallelism): the P tokens before each piece, then its own."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of one sequence that this rank holds, as positions in the row."""
+
+    own: range
+    before: tuple[range, ...]
+    """What its first token sees besides itself: the sequence that this one continues, and its own tokens on other ranks."""
+
+    @property
+    def depth(self) -> int:
+        return sum(map(len, self.before))
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """How a row of T tokens divides into sequences; travels through Megatron as its `packed_seq_params`.
+    """How a row of T tokens divides into sequences; travels through Megatron as its `packed_seq_params`. This rank holds T / CP of the tokens.
 
     `qkv_format` is deliberately not "thd": Megatron then treats the row as [T, batch 1, ...].
     """
 
     positions: torch.Tensor = None
-    """[T] position of each token in its own sequence."""
+    """[T / CP] position of each token in its own sequence."""
     rotation: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
-    """Kind of layer -> cosine and sine of each token's angles, both [T, 1, head_dim / 2]; `PackedRotary` sets them."""
+    """Kind of layer -> cosine and sine of each token's angles, both [T / CP, 1, head_dim / 2]; `PackedRotary` sets them."""
     batches: tuple[AttentionBatch, ...] = ()
     unpack: torch.Tensor = None
-    """[T]: where token t stands in the concatenation of all batches' flattened queries."""
+    """[T / CP]: where each token stands in the concatenation of all batches' flattened queries."""
+    context: dist.ProcessGroup | None = None
+    """The ranks that share the row; None: this one has it all."""
     cache: KeyValueCache | None = None
     slot: torch.Tensor | None = None
     """[T] cache slot of each token, -1 for none; with a cache only."""
@@ -72,44 +95,76 @@ class PackedSequences(PackedSeqParams):
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25,
-           continues: Sequence[int | None] | None = None) -> PackedSequences:
+           continues: Sequence[int | None] | None = None, context: dist.ProcessGroup | None = None) -> PackedSequences:
         """Lay out sequences of `lengths`. `waste`: largest share of padding tolerated inside an attention batch. `continues`: for each
-        sequence the number of the one that it goes on from, which must itself begin at position 0; None for a beginning."""
+        sequence the number of the one that it goes on from, which must itself begin at position 0; None for a beginning. `context`: the
+        ranks that share the row, whose length must then divide by twice their number."""
         parents = [None] * len(lengths) if continues is None else list(continues)
-        before = [0 if parent is None else lengths[parent] for parent in parents]
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        unpack = torch.empty(sum(lengths), dtype=torch.int64)
+        rank, size = (0, 1) if context is None else (context.rank(), context.size())
+        total = sum(lengths)
+        parts = [context_part(total, each, size) for each in range(size)]
+        held = parts[rank]
+        local, gathered = torch.full((total,), -1), torch.empty(total, dtype=torch.int64)
+        local[held], gathered[torch.cat(parts)] = torch.arange(len(held)), torch.arange(total)
+        pieces = _pieces(lengths, parents, local)
+        unpack = torch.empty(len(held), dtype=torch.int64)
         batches, offset = [], 0
-        for group in _similar(lengths, before, waste):
-            span = torch.arange(max(lengths[i] for i in group))
-            size = torch.tensor([lengths[i] for i in group])[:, None]
-            query = starts[group][:, None] + torch.minimum(span, size - 1)
-            trunks = [parents[i] for i in group if parents[i] is not None]
-            key = torch.cat([starts[trunks][:, None] + torch.arange(before[group[0]]), query], dim=1) if trunks else query
-            batches.append(AttentionBatch(query.to(device), key.to(device)))
-            flat = offset + torch.arange(query.numel()).view_as(query)
-            valid = span < size
-            unpack[query[valid]] = flat[valid]
+        for group in _similar(pieces, waste):
+            span = torch.arange(max(len(piece.own) for piece in group))
+            width = torch.tensor([len(piece.own) for piece in group])[:, None]
+            own = torch.tensor([piece.own.start for piece in group])[:, None] + torch.minimum(span, width - 1)
+            before = torch.stack([torch.cat([torch.arange(part.start, part.stop) for part in piece.before]) for piece in group])
+            query = local[own]
+            batches.append(AttentionBatch(query.to(device), gathered[torch.cat([before, own], dim=1)].to(device)))
+            valid = span < width
+            unpack[query[valid]] = (offset + torch.arange(query.numel()).view_as(query))[valid]
             offset += query.numel()
-        positions = torch.cat([torch.arange(first, first + n) for first, n in zip(before, lengths, strict=True)])
+        depths = [0 if parent is None else lengths[parent] for parent in parents]
+        positions = torch.cat([torch.arange(first, first + n) for first, n in zip(depths, lengths, strict=True)])
         longest = int(positions.max()) + 1
         return PackedSequences(
-            qkv_format="packed", positions=positions.to(device), batches=tuple(batches), unpack=unpack.to(device),
+            qkv_format="packed", positions=positions[held].to(device), batches=tuple(batches), unpack=unpack.to(device), context=context,
             max_seqlen_q=longest, max_seqlen_kv=longest,
         )
 
 
-def _similar(lengths: Sequence[int], before: Sequence[int], waste: float) -> list[list[int]]:
-    """Numbers of the sequences in groups of equal `before` and lengths so near that padding to the longest wastes at most `waste`."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (before[i], lengths[i])):
-        if groups and before[groups[-1][0]] == before[index]:
+def context_part(tokens: int, rank: int, size: int) -> torch.Tensor:
+    """[tokens / size] positions in a row that context-parallel rank `rank` of `size` holds: chunks `rank` and `2 size - 1 - rank` of 2 size.
+    Raises ValueError where the row does not divide."""
+    if size == 1:
+        return torch.arange(tokens)
+    if tokens % (2 * size):
+        raise ValueError(f"a row of {tokens} tokens cannot be shared by {size} context-parallel ranks: it must divide by {2 * size}")
+    chunks = torch.arange(tokens).view(2 * size, -1)
+    return torch.cat([chunks[rank], chunks[-1 - rank]])
+
+
+def _pieces(lengths: Sequence[int], parents: Sequence[int | None], local: torch.Tensor) -> list[_Piece]:
+    """This rank's runs of neighbouring tokens, sequence by sequence. `local` [T]: at or above 0 for tokens that are here."""
+    ends = list(itertools.accumulate(lengths))
+    pieces = []
+    for length, end, parent in zip(lengths, ends, parents, strict=True):
+        start = end - length
+        trunk = () if parent is None else (range(ends[parent] - lengths[parent], ends[parent]),)
+        here = local[start:end] >= 0
+        borders = (torch.nonzero(here[1:] != here[:-1])[:, 0] + start + 1).tolist()
+        for first, last in itertools.pairwise([start, *borders, end]):
+            if local[first] >= 0:
+                pieces.append(_Piece(own=range(first, last), before=(*trunk, range(start, first))))
+    return pieces
+
+
+def _similar(pieces: Sequence[_Piece], waste: float) -> list[list[_Piece]]:
+    """Pieces in groups of equal depth and of lengths so near that padding to the longest wastes at most `waste`."""
+    groups: list[list[_Piece]] = []
+    for piece in sorted(pieces, key=lambda p: (p.depth, len(p.own))):
+        if groups and groups[-1][0].depth == piece.depth:
             # Ascending lengths: the newcomer sets the width; open a new batch when padding would exceed `waste`.
-            members = [*groups[-1], index]
-            if sum(lengths[i] for i in members) >= (1 - waste) * lengths[index] * len(members):
-                groups[-1].append(index)
+            members = [*groups[-1], piece]
+            if sum(len(p.own) for p in members) >= (1 - waste) * len(piece.own) * len(members):
+                groups[-1].append(piece)
                 continue
-        groups.append([index])
+        groups.append([piece])
     return groups
 
 
@@ -164,7 +219,11 @@ class PackedAttention(DotProductAttention):
     [T, 1, groups/tp, d] -> [T, 1, heads/tp * d]."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, layer_number, *args, **kwargs)
+        # Megatron's own refuses context parallelism; it is done here.
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        super().__init__(alone, layer_number, *args, **kwargs)
+        self.config = config
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
         self.kind = SLIDING if windowed else FULL
         self.window = config.window_size[0] + 1 if windowed else None
@@ -183,6 +242,9 @@ class PackedAttention(DotProductAttention):
         return out.reshape(q.shape[0], 1, -1)
 
     def _packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+        if packed.context is not None:
+            # One collective for both; backward it adds up what all ranks' queries say of this rank's keys and values.
+            k, v = gather_from_sequence_parallel_region(torch.stack([k, v], dim=1), group=packed.context).unbind(1)
         outputs = []
         for batch in packed.batches:
             tensors = [x[index].transpose(1, 2) for x, index in ((q, batch.query), (k, batch.key), (v, batch.key))]  # [n, heads, L or P + L, d]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,12 +20,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_antisd.config import ConfigError, ModelConfig, ParallelConfig
-from megatron_antisd.models import olmo3, qwen3
+from megatron_antisd.models import olmo3, qwen3, transformer_engine
 from megatron_antisd.models.attention import PackedAttention, PackedRotary
 from megatron_antisd.models.experts import Experts
 from megatron_antisd.models.norm import TorchRMSNorm
 from megatron_antisd.models.rotary import frequencies, rope_parameters
-from megatron_antisd.models.weight_map import Geometry, Weight
+from megatron_antisd.models.sizes import Sizes
+from megatron_antisd.models.weight_map import Entry, Geometry, Layout, Weight, entries
 
 FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3, "qwen3_moe": qwen3, "olmo3": olmo3}
 """model_type -> the page with its `fields`, `weights` and, where the layer is not Qwen3's, `specialise`."""
@@ -35,13 +38,31 @@ class ModelDescription:
 
     hf: dict[str, Any]
     """The parsed config.json."""
+    sizes: Sizes
     weights: tuple[Weight, ...]
     geometry: Geometry
-    layers: int
-    experts: int | None
     tied: bool
     rope: dict[str, dict[str, Any]]
     """Kind of layer -> rotary parameters, as transformers names them."""
+
+    @property
+    def layers(self) -> int:
+        return self.sizes.layers
+
+    @property
+    def experts(self) -> int | None:
+        return self.sizes.experts
+
+    def entries(self) -> Iterator[Entry]:
+        """Every parameter of the whole model."""
+        return entries(self.weights, self.layers, self.experts)
+
+    def embedding(self) -> Entry:
+        return next(entry for entry in self.entries() if entry.weight.layout is Layout.VOCAB)
+
+    def parameters(self) -> int:
+        """How many numbers the model has, tied ones once."""
+        return sum(math.prod(shape) for entry in self.entries() for shape in entry.huggingface.values())
 
 
 def describe(model_dir: str | Path, tensor_parallel_size: int) -> ModelDescription:
@@ -53,30 +74,24 @@ def describe(model_dir: str | Path, tensor_parallel_size: int) -> ModelDescripti
     family = FAMILIES.get(hf.get("model_type", ""))
     if family is None:
         raise ConfigError(f"model.path: model_type {hf.get('model_type')!r} is not supported; supported are {sorted(FAMILIES)}")
-    vocab = hf["vocab_size"]
+    sizes = Sizes.of(hf)
     return ModelDescription(
         hf=hf,
+        sizes=sizes,
         weights=family.weights(hf),
-        geometry=Geometry(groups=key_value_heads(hf), head_dim=head_dim(hf), vocab_size=vocab,
-                          padded_vocab_size=vocab + -vocab % tensor_parallel_size),
-        layers=hf["num_hidden_layers"],
-        experts=hf.get("num_experts") or hf.get("num_local_experts"),
+        geometry=Geometry(groups=sizes.groups, head_dim=sizes.head_dim, vocab_size=sizes.vocab,
+                          padded_vocab_size=sizes.vocab + -sizes.vocab % tensor_parallel_size),
         tied=bool(hf.get("tie_word_embeddings", False)),
         rope=rope_parameters(hf),
     )
 
 
-def head_dim(hf: dict[str, Any]) -> int:
-    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-
-
-def key_value_heads(hf: dict[str, Any]) -> int:
-    return hf.get("num_key_value_heads") or hf["num_attention_heads"]
-
-
 class PolicyModel(GPTModel):
     """A GPTModel whose last stage returns final hidden states [T(/tp), 1, H]: the output layer is fused with scoring
     (`parallel.vocab`), so the model itself never makes logits."""
+
+    layer_spec: str = "local"
+    """`model.spec`, which decides the parameters' names."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
@@ -88,17 +103,17 @@ class PolicyModel(GPTModel):
 
 def transformer_config(description: ModelDescription, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """The TransformerConfig of this model, dtype and layout."""
-    hf = description.hf
+    hf, sizes = description.hf, description.sizes
     dtype = getattr(torch, model.dtype)
     on_gpu = torch.cuda.is_available()
     pipelined = parallel.pipeline_parallel_size > 1
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if model.recompute == "full" else {}
     return TransformerConfig(
-        num_layers=description.layers,
-        hidden_size=hf["hidden_size"],
-        num_attention_heads=hf["num_attention_heads"],
-        num_query_groups=key_value_heads(hf),
-        kv_channels=head_dim(hf),
+        num_layers=sizes.layers,
+        hidden_size=sizes.hidden,
+        num_attention_heads=sizes.heads,
+        num_query_groups=sizes.groups,
+        kv_channels=sizes.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"],
         add_bias_linear=False,
@@ -114,15 +129,15 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         sequence_parallel=parallel.tensor_parallel_size > 1,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        **(_pipeline_fields(parallel, description.layers) if pipelined else {}),
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         # Packed rows differ in length; stages announce shapes to each other.
         variable_seq_lengths=pipelined,
-        batch_p2p_comm=True,
         # The only dispatcher that takes rows of varying length (Megatron asks for it even where there are no experts).
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=False,
+        moe_grouped_gemm=model.spec == "te",
         # The loss arrives divided by a global token count: Megatron must neither average over micro-batches nor over ranks.
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
@@ -135,6 +150,20 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
         **FAMILIES[hf["model_type"]].fields(hf),
         **recompute,
     )
+
+
+def _pipeline_fields(parallel: ParallelConfig, layers: int) -> dict[str, Any]:
+    chunks = [["decoder"] * count for count in parallel.chunk_layers(layers)]
+    chunks[0] = ["embedding", *chunks[0]]
+    chunks[-1] = [*chunks[-1], "loss"]
+    virtual = parallel.virtual_pipeline_size > 1
+    return {
+        "pipeline_model_parallel_layout": chunks,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_size if virtual else None,
+        # Interleaved chunks with batched messages gave wrong gradients on gloo, silently; overlapped ones are right.
+        "overlap_p2p_comm": virtual,
+        "batch_p2p_comm": not virtual,
+    }
 
 
 def local_layer_spec(experts: int | None) -> ModuleSpec:
@@ -152,27 +181,35 @@ def local_layer_spec(experts: int | None) -> ModuleSpec:
 
 def build_model(description: ModelDescription, model: ModelConfig, parallel: ParallelConfig) -> list[PolicyModel]:
     """The chunks of this rank (one; several with virtual pipeline stages), randomly initialised. Groups must exist."""
-    if model.spec == "te":
-        raise ConfigError("model.spec=te: transformer-engine layers are not built by this version; use model.spec=local")
     config = transformer_config(description, model, parallel)
-    spec = local_layer_spec(description.experts)
+    spec = local_layer_spec(description.experts) if model.spec == "local" else transformer_engine.layer_spec(description.experts)
     specialise = getattr(FAMILIES[description.hf["model_type"]], "specialise", None)
     if specialise is not None:
-        specialise(spec)
-    block = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=TorchRMSNorm)
+        specialise(spec, model.spec)
+    chunks = [_build_chunk(description, config, spec, stage) for stage in range(parallel.virtual_pipeline_size)]
+    for chunk in chunks:
+        chunk.layer_spec = model.spec
+    return chunks
+
+
+def _build_chunk(description: ModelDescription, config: TransformerConfig, spec: ModuleSpec, stage: int) -> PolicyModel:
+    virtual = config.virtual_pipeline_model_parallel_size is not None
+    vp_stage = stage if virtual else None
+    block = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchRMSNorm)
     chunk = PolicyModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=description.geometry.padded_vocab_size,
         max_sequence_length=description.hf["max_position_embeddings"],
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not virtual, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not virtual, vp_stage=vp_stage),
         share_embeddings_and_output_weights=description.tied,
         position_embedding_type="rope",
+        vp_stage=vp_stage,
     )
     chunk.rotary_pos_emb = PackedRotary(frequencies(description.hf), config.params_dtype)
     _mark_expert_parameters(chunk)
-    return [chunk if torch.cuda.is_available() is False else chunk.cuda()]
+    return chunk.cuda() if torch.cuda.is_available() else chunk
 
 
 def _mark_expert_parameters(model: torch.nn.Module) -> None:

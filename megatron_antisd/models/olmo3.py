@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_antisd.models.norm import TorchRMSNorm
 from megatron_antisd.models.rotary import SLIDING
-from megatron_antisd.models.weight_map import Layout, Weight
+from megatron_antisd.models.sizes import Sizes
+from megatron_antisd.models.weight_map import Layout, Weight, gated_mlp
 
 
 def fields(hf: dict[str, Any]) -> dict[str, Any]:
@@ -39,9 +40,13 @@ def layer_types(hf: dict[str, Any]) -> list[str]:
     return hf.get("layer_types") or ["full_attention" if layer % 4 == 3 else SLIDING for layer in range(hf["num_hidden_layers"])]
 
 
-def specialise(spec: ModuleSpec) -> None:
-    """Change Megatron's local layer into OLMo-3's."""
+def specialise(spec: ModuleSpec, kind: str) -> None:
+    """Change Megatron's layer into OLMo-3's. `kind`: "local", or "te", whose norms before attention and MLP are part of the linear layers."""
     layer = spec.submodules
+    if kind == "te":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        layer.self_attention.submodules.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     attention = layer.self_attention.submodules
     attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
@@ -50,24 +55,25 @@ def specialise(spec: ModuleSpec) -> None:
 
 def weights(hf: dict[str, Any]) -> tuple[Weight, ...]:
     """The family's weight table."""
+    n = Sizes.of(hf)
+    norm, query, key = (n.hidden,), (n.heads * n.head_dim, n.hidden), (n.groups * n.head_dim, n.hidden)
     layer, here = "model.layers.{layer}.", "decoder.layers.{layer}."
+    attention, ours = layer + "self_attn.", here + "self_attention."
     rows = [
-        Weight(megatron="embedding.word_embeddings.weight", huggingface=("model.embed_tokens.weight",), layout=Layout.VOCAB),
-        Weight(megatron=here + "self_attention.linear_qkv.weight",
-               huggingface=tuple(layer + f"self_attn.{x}_proj.weight" for x in "qkv"), layout=Layout.QKV),
-        Weight(megatron=here + "self_attention.q_layernorm.weight", huggingface=(layer + "self_attn.q_norm.weight",), layout=Layout.COLUMN),
-        Weight(megatron=here + "self_attention.k_layernorm.weight", huggingface=(layer + "self_attn.k_norm.weight",), layout=Layout.COLUMN),
-        Weight(megatron=here + "self_attention.linear_proj.weight", huggingface=(layer + "self_attn.o_proj.weight",), layout=Layout.ROW),
-        Weight(megatron=here + "self_attention.linear_proj.norm.weight", huggingface=(layer + "post_attention_layernorm.weight",),
+        Weight(megatron="embedding.word_embeddings.weight", huggingface={"model.embed_tokens.weight": (n.vocab, n.hidden)}, layout=Layout.VOCAB),
+        Weight(megatron=ours + "linear_qkv.weight", layout=Layout.QKV,
+               huggingface={attention + "q_proj.weight": query, attention + "k_proj.weight": key, attention + "v_proj.weight": key}),
+        Weight(megatron=ours + "q_layernorm.weight", huggingface={attention + "q_norm.weight": query[:1]}, layout=Layout.COLUMN),
+        Weight(megatron=ours + "k_layernorm.weight", huggingface={attention + "k_norm.weight": key[:1]}, layout=Layout.COLUMN),
+        Weight(megatron=ours + "linear_proj.weight", huggingface={attention + "o_proj.weight": query[::-1]}, layout=Layout.ROW),
+        Weight(megatron=ours + "linear_proj.norm.weight", huggingface={layer + "post_attention_layernorm.weight": norm}, layout=Layout.REPLICATED),
+        *gated_mlp(here + "mlp.", layer + "mlp.", n.feed_forward, n.hidden),
+        Weight(megatron=here + "mlp.linear_fc2.norm.weight", huggingface={layer + "post_feedforward_layernorm.weight": norm},
                layout=Layout.REPLICATED),
-        Weight(megatron=here + "mlp.linear_fc1.weight", huggingface=(layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"),
-               layout=Layout.GATED),
-        Weight(megatron=here + "mlp.linear_fc2.weight", huggingface=(layer + "mlp.down_proj.weight",), layout=Layout.ROW),
-        Weight(megatron=here + "mlp.linear_fc2.norm.weight", huggingface=(layer + "post_feedforward_layernorm.weight",), layout=Layout.REPLICATED),
-        Weight(megatron="decoder.final_layernorm.weight", huggingface=("model.norm.weight",), layout=Layout.REPLICATED),
+        Weight(megatron="decoder.final_layernorm.weight", huggingface={"model.norm.weight": norm}, layout=Layout.REPLICATED),
     ]
     if not hf.get("tie_word_embeddings", False):
-        rows.append(Weight(megatron="output_layer.weight", huggingface=("lm_head.weight",), layout=Layout.VOCAB))
+        rows.append(Weight(megatron="output_layer.weight", huggingface={"lm_head.weight": (n.vocab, n.hidden)}, layout=Layout.VOCAB))
     return tuple(rows)
 
 

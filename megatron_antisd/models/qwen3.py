@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_antisd.models.weight_map import Layout, Weight
+from megatron_antisd.models.sizes import Sizes
+from megatron_antisd.models.weight_map import Layout, Weight, gated_mlp
 
 
 def fields(hf: dict[str, Any]) -> dict[str, Any]:
@@ -32,32 +33,28 @@ def fields(hf: dict[str, Any]) -> dict[str, Any]:
 
 def weights(hf: dict[str, Any]) -> tuple[Weight, ...]:
     """The family's weight table."""
+    n = Sizes.of(hf)
+    norm, query, key = (n.hidden,), (n.heads * n.head_dim, n.hidden), (n.groups * n.head_dim, n.hidden)
     layer, here = "model.layers.{layer}.", "decoder.layers.{layer}."
+    attention, ours = layer + "self_attn.", here + "self_attention."
     rows = [
-        Weight(megatron="embedding.word_embeddings.weight", huggingface=("model.embed_tokens.weight",), layout=Layout.VOCAB),
-        Weight(megatron=here + "input_layernorm.weight", huggingface=(layer + "input_layernorm.weight",), layout=Layout.REPLICATED),
-        Weight(megatron=here + "self_attention.linear_qkv.weight",
-               huggingface=tuple(layer + f"self_attn.{x}_proj.weight" for x in "qkv"), layout=Layout.QKV),
-        Weight(megatron=here + "self_attention.q_layernorm.weight", huggingface=(layer + "self_attn.q_norm.weight",), layout=Layout.REPLICATED),
-        Weight(megatron=here + "self_attention.k_layernorm.weight", huggingface=(layer + "self_attn.k_norm.weight",), layout=Layout.REPLICATED),
-        Weight(megatron=here + "self_attention.linear_proj.weight", huggingface=(layer + "self_attn.o_proj.weight",), layout=Layout.ROW),
-        Weight(megatron=here + "pre_mlp_layernorm.weight", huggingface=(layer + "post_attention_layernorm.weight",), layout=Layout.REPLICATED),
+        Weight(megatron="embedding.word_embeddings.weight", huggingface={"model.embed_tokens.weight": (n.vocab, n.hidden)}, layout=Layout.VOCAB),
+        Weight(megatron=here + "input_layernorm.weight", huggingface={layer + "input_layernorm.weight": norm}, layout=Layout.REPLICATED),
+        Weight(megatron=ours + "linear_qkv.weight", layout=Layout.QKV,
+               huggingface={attention + "q_proj.weight": query, attention + "k_proj.weight": key, attention + "v_proj.weight": key}),
+        Weight(megatron=ours + "q_layernorm.weight", huggingface={attention + "q_norm.weight": (n.head_dim,)}, layout=Layout.REPLICATED),
+        Weight(megatron=ours + "k_layernorm.weight", huggingface={attention + "k_norm.weight": (n.head_dim,)}, layout=Layout.REPLICATED),
+        Weight(megatron=ours + "linear_proj.weight", huggingface={attention + "o_proj.weight": query[::-1]}, layout=Layout.ROW),
+        Weight(megatron=here + "pre_mlp_layernorm.weight", huggingface={layer + "post_attention_layernorm.weight": norm},
+               layout=Layout.REPLICATED),
     ]
     if hf["model_type"] == "qwen3_moe":
-        theirs, ours = layer + "mlp.experts.{expert}.", here + "mlp.experts.local_experts.{expert}."
-        rows += [
-            Weight(megatron=here + "mlp.router.weight", huggingface=(layer + "mlp.gate.weight",), layout=Layout.REPLICATED),
-            Weight(megatron=ours + "linear_fc1.weight", huggingface=(theirs + "gate_proj.weight", theirs + "up_proj.weight"),
-                   layout=Layout.GATED, expert=True),
-            Weight(megatron=ours + "linear_fc2.weight", huggingface=(theirs + "down_proj.weight",), layout=Layout.ROW, expert=True),
-        ]
+        rows.append(Weight(megatron=here + "mlp.router.weight", huggingface={layer + "mlp.gate.weight": (n.experts, n.hidden)},
+                           layout=Layout.REPLICATED))
+        rows += gated_mlp(here + "mlp.experts.local_experts.{expert}.", layer + "mlp.experts.{expert}.", n.expert_feed_forward, n.hidden, expert=True)
     else:
-        rows += [
-            Weight(megatron=here + "mlp.linear_fc1.weight", huggingface=(layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"),
-                   layout=Layout.GATED),
-            Weight(megatron=here + "mlp.linear_fc2.weight", huggingface=(layer + "mlp.down_proj.weight",), layout=Layout.ROW),
-        ]
-    rows.append(Weight(megatron="decoder.final_layernorm.weight", huggingface=("model.norm.weight",), layout=Layout.REPLICATED))
+        rows += gated_mlp(here + "mlp.", layer + "mlp.", n.feed_forward, n.hidden)
+    rows.append(Weight(megatron="decoder.final_layernorm.weight", huggingface={"model.norm.weight": norm}, layout=Layout.REPLICATED))
     if not hf.get("tie_word_embeddings", False):
-        rows.append(Weight(megatron="output_layer.weight", huggingface=("lm_head.weight",), layout=Layout.VOCAB))
+        rows.append(Weight(megatron="output_layer.weight", huggingface={"lm_head.weight": (n.vocab, n.hidden)}, layout=Layout.VOCAB))
     return tuple(rows)

@@ -6,7 +6,7 @@ makes the full Hugging Face tensors from all ranks' shards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,15 +30,63 @@ class Layout(Enum):
     """Gate and up projection, each divided by rows, gate above up on every rank."""
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One row of a family's table. `{layer}` and `{expert}` are global numbers in the Hugging Face names; in the Megatron
-    name `{layer}` is global too and `{expert}` counts this rank's experts."""
+    """One row of a family's table. `{layer}` and `{expert}` are global numbers in the Hugging Face names and in the Megatron name, by which
+    checkpoints know it too; `models.transformer_engine` has the names of its layers."""
 
     megatron: str
-    huggingface: tuple[str, ...]
+    huggingface: dict[str, Shape]
+    """Names and full shapes, in the order in which they stand in the Megatron parameter."""
     layout: Layout
     expert: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row of the table filled in for one layer and one expert."""
+
+    weight: Weight
+    layer: int | None
+    expert: int | None
+
+    @property
+    def name(self) -> str:
+        """Of the Megatron parameter, in the whole model."""
+        return self._fill(self.weight.megatron)
+
+    @property
+    def huggingface(self) -> dict[str, Shape]:
+        return {self._fill(name): shape for name, shape in self.weight.huggingface.items()}
+
+    def _fill(self, name: str) -> str:
+        return name.format(layer=self.layer, expert=self.expert)
+
+
+def entries(weights: Sequence[Weight], layers: int, experts: int | None) -> Iterator[Entry]:
+    """Every parameter of the whole model, in the order of a forward pass: what stands before the layers, layer by layer, what stands behind."""
+    where = [number for number, weight in enumerate(weights) if "{layer}" in weight.megatron]
+    first, last = where[0], where[-1] + 1
+    for weight in weights[:first]:
+        yield Entry(weight=weight, layer=None, expert=None)
+    for layer in range(layers):
+        for weight in weights[first:last]:
+            for expert in range(experts) if weight.expert and experts else [None]:
+                yield Entry(weight=weight, layer=layer, expert=expert)
+    for weight in weights[last:]:
+        yield Entry(weight=weight, layer=None, expert=None)
+
+
+def gated_mlp(ours: str, theirs: str, width: int, hidden: int, *, expert: bool = False) -> list[Weight]:
+    """The two rows of a gated MLP under the prefixes `ours` and `theirs`."""
+    return [
+        Weight(megatron=ours + "linear_fc1.weight", layout=Layout.GATED, expert=expert,
+               huggingface={theirs + "gate_proj.weight": (width, hidden), theirs + "up_proj.weight": (width, hidden)}),
+        Weight(megatron=ours + "linear_fc2.weight", layout=Layout.ROW, expert=expert, huggingface={theirs + "down_proj.weight": (hidden, width)}),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,15 +21,26 @@ class ProcessLayout:
     rank: int
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    """Ranks that share the tokens of a row."""
     data: dist.ProcessGroup
+    """Ranks that hold the same weights and other rows."""
+    replicas: dist.ProcessGroup
+    """`data` x `context`: all ranks that hold the same weights."""
     expert_shards: dist.ProcessGroup
     """Ranks that together hold all experts of this pipeline stage: expert-parallel x expert-tensor-parallel."""
     tensor_rank: int
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    virtual_size: int
+    """Model chunks of each pipeline stage."""
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
+    replica_rank: int
+    replica_size: int
     expert_rank: int
     expert_size: int
     expert_tensor_rank: int
@@ -43,6 +55,12 @@ class ProcessLayout:
     def is_main(self) -> bool:
         """The rank that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a packed row must divide by: two equal chunks for each context-parallel rank, and whole parts of what it holds
+        for each tensor-parallel rank."""
+        return self.tensor_size if self.context_size == 1 else self.context_size * math.lcm(2, self.tensor_size)
 
     def last_stage_global_rank(self) -> int:
         """Global rank of the last pipeline stage in this rank's pipeline."""
@@ -71,6 +89,7 @@ def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
     ps.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size if parallel.virtual_pipeline_size > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -84,14 +103,21 @@ def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
         rank=dist.get_rank(),
         tensor=ps.get_tensor_model_parallel_group(),
         pipeline=ps.get_pipeline_model_parallel_group(),
+        context=ps.get_context_parallel_group(),
         data=ps.get_data_parallel_group(),
+        replicas=ps.get_data_parallel_group(with_context_parallel=True),
         expert_shards=ps.get_expert_tensor_and_model_parallel_group(),
         tensor_rank=ps.get_tensor_model_parallel_rank(),
         tensor_size=ps.get_tensor_model_parallel_world_size(),
         pipeline_rank=ps.get_pipeline_model_parallel_rank(),
         pipeline_size=ps.get_pipeline_model_parallel_world_size(),
+        virtual_size=parallel.virtual_pipeline_size,
+        context_rank=ps.get_context_parallel_rank(),
+        context_size=ps.get_context_parallel_world_size(),
         data_rank=ps.get_data_parallel_rank(),
         data_size=ps.get_data_parallel_world_size(),
+        replica_rank=ps.get_data_parallel_rank(with_context_parallel=True),
+        replica_size=ps.get_data_parallel_world_size(with_context_parallel=True),
         expert_rank=ps.get_expert_model_parallel_rank(),
         expert_size=ps.get_expert_model_parallel_world_size(),
         expert_tensor_rank=ps.get_expert_tensor_parallel_rank(),

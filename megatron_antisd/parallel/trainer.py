@@ -7,7 +7,6 @@ divided by the global token count, so gradients are plain sums over micro-batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,30 +18,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_antisd.algorithm import clipped_surrogate, token_advantage, token_weights
 from megatron_antisd.config import RunConfig
-from megatron_antisd.data.packing import MicroBatch, pack, plan_bundles
 from megatron_antisd.models.attention import PackedSequences
 from megatron_antisd.models.build import ModelDescription, build_model
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
 from megatron_antisd.parallel.reshard import WeightStream, load_huggingface
+from megatron_antisd.parallel.rows import Row, RowPlan, filler, plan_rows
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """This data-parallel rank's micro-batches of a batch, and where every view's tokens stand in the global token vector."""
-
-    micro_batches: tuple[MicroBatch, ...]
-    offsets: tuple[int, ...]
-    """Start of each view's response tokens."""
-    lengths: tuple[int, ...]
-    padding_share: float
-    """Global share of padding among the tokens through the model."""
-
-    def tokens_of(self, micro: MicroBatch) -> torch.Tensor:
-        """[R] global token indices of a micro-batch's response tokens."""
-        return torch.cat([torch.arange(self.offsets[i], self.offsets[i] + self.lengths[i]) for i in micro.indices])
 
 
 class Trainer:
@@ -50,39 +33,43 @@ class Trainer:
 
     def __init__(self, config: RunConfig, layout: ProcessLayout, description: ModelDescription) -> None:
         self.config, self.layout, self.description = config, layout, description
-        (self.model,) = build_model(description, config.model, config.parallel)
-        load_huggingface(self.model, description, layout, config.model.path)
+        self.chunks = build_model(description, config.model, config.parallel)
+        """This rank's parts of the model: one, or several virtual pipeline stages."""
+        load_huggingface(self.chunks, description, layout, config.model.path)
+        model_config = self.chunks[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer, overlap_grad_reduce=False)
-        self.ddp = DistributedDataParallel(self.model.config, ddp, self.model)
+        self.ddp = [DistributedDataParallel(model_config, ddp, chunk) for chunk in self.chunks]
         dtype = getattr(torch, config.model.dtype)
-        self.optimizer = build_optimizer(config.optimizer, [self.ddp], dtype, config.parallel.distributed_optimizer)
-        self.model.config.finalize_model_grads_func = _sum_gradients
-        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.optimizer = build_optimizer(config.optimizer, self.ddp, dtype, config.parallel.distributed_optimizer)
+        model_config.finalize_model_grads_func = _sum_gradients
+        model_config.grad_scale_func = self.optimizer.scale_loss
         self._schedule = get_forward_backward_func()
-        self._stream = WeightStream(self.model, description, layout)
+        self._stream = WeightStream(self.chunks, description, layout, config.rollout.sync_bucket_bytes)
 
     def score(self, views: Sequence[ScoringView]) -> TokenScores:
         """Log-prob and exact entropy of every response token, without gradient. Collective; every rank returns all of them."""
         # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
-        filler = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
+        short = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
         missing = max(0, self.layout.data_size - len(views))
-        plan = self._plan([*views, *[filler] * missing], self.config.trainer.score_micro_batch_tokens)
-        self.model.eval()
+        plan = plan_rows([*views, *[short] * missing], self.layout, self.config.trainer.score_micro_batch_tokens)
+        self._set_training(False)
         with torch.no_grad():
-            results = self._run(plan, self._scores, forward_only=True)
+            results = self._run(plan.rows, self._scores, forward_only=True)
         scores = self._assemble(plan, results)
         lengths = plan.lengths[: len(views)]
         return TokenScores(log_prob=scores.log_prob[: sum(lengths)], entropy=scores.entropy[: sum(lengths)], lengths=lengths)
 
     def step(self, batch: TrainingBatch, learning_rate: float) -> StepStats:
         """One policy update; skipped, with nothing changed, when loss or gradient is not finite. Collective."""
-        plan = self._plan(batch.views, self.config.trainer.micro_batch_tokens)
+        plan = plan_rows(batch.views, self.layout, self.config.trainer.micro_batch_tokens)
         weights = token_weights(batch.lengths, batch.sequence_mask, self.config.algorithm.loss)
-        self.model.train()
-        self.ddp.zero_grad_buffer()
+        sequence_advantage = batch.sequence_advantage.repeat_interleave(torch.tensor(batch.lengths))
+        self._set_training(True)
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(plan, partial(self._policy_loss, plan, batch, weights), forward_only=False)
+        results = self._run(plan.rows, partial(self._policy_loss, batch, sequence_advantage, weights), forward_only=False)
         student = self._assemble(plan, results)
         loss, clipped = self._sum_over_batch([r[2] for r in results], [r[3] for r in results])
         set_learning_rate(self.optimizer, learning_rate)
@@ -102,75 +89,69 @@ class Trainer:
         return self._stream.stream()
 
     def hidden_states(self, input_ids: torch.Tensor, packed: PackedSequences) -> torch.Tensor | None:
-        """[T] token ids -> [T, H] final hidden states on the last pipeline stage, None elsewhere; no gradient. For the in-process sampler.
-        T is a multiple of the tensor-parallel size; with experts every rank of the world must call it equally often."""
+        """[T] token ids -> [T, H] final hidden states on the last pipeline stage, None elsewhere; no gradient. For the in-process sampler, which
+        gives every context-parallel rank a row of its own. T is a multiple of the tensor-parallel size; with experts every rank of the world
+        must call it equally often."""
         none = torch.empty(0, dtype=torch.int64)
-        micro = MicroBatch(indices=(), input_ids=input_ids, lengths=(len(input_ids),), continues=(None,), predicting=none, targets=none, padding=0)
-        self.model.eval()
+        row = Row(input_ids=input_ids.to(self.layout.device), packed=packed, predicting=none, targets=none, where=none)
+        others = self.layout.pipeline_size - 1 if self.layout.virtual_size > 1 else 0
+        self._set_training(False)
         with torch.no_grad():
-            results = self._run_rows([(micro, packed)], lambda _, hidden: (self._whole_row(hidden),), forward_only=True)
+            results = self._run([row, *[filler(self.layout)] * others], lambda _, hidden: (self._whole_row(hidden),), forward_only=True)
         return results[0][0] if results else None
+
+    def output_weight(self) -> torch.Tensor:
+        """[V_padded/tp, H] of the last pipeline stage."""
+        return self.chunks[-1].output_weight()
 
     # -- one batch through the schedule ---------------------------------------------------------------------------------
 
-    def _plan(self, views: Sequence[ScoringView], limit: int) -> _Plan:
-        lengths = tuple(len(view.response_ids) for view in views)
-        bundles, plan = plan_bundles(views, self.layout.data_size, limit)
-        costs = [bundle.cost(views) for bundle in bundles]
-        tp = self.layout.tensor_size
-        mine = tuple(pack(views, [bundles[b] for b in row], multiple=tp) for row in plan[self.layout.data_rank])
-        rows = [sum(costs[b] for b in row) for rank in plan for row in rank]
-        padding = sum(-row % tp for row in rows)
-        offsets = tuple(torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist())
-        return _Plan(micro_batches=mine, offsets=offsets, lengths=lengths, padding_share=padding / (sum(rows) + padding))
+    def _set_training(self, training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
 
-    def _run(self, plan: _Plan, consume: Callable[[MicroBatch, torch.Tensor], tuple[Any, ...]], forward_only: bool) -> list[tuple[Any, ...]]:
-        rows = [(micro, PackedSequences.of(micro.lengths, self.layout.device, continues=micro.continues)) for micro in plan.micro_batches]
-        return self._run_rows(rows, consume, forward_only)
+    def _run(self, rows: Sequence[Row], consume: Callable[[Row, torch.Tensor], tuple[Any, ...]], forward_only: bool) -> list[tuple[Any, ...]]:
+        """Results of `consume(row, hidden)` for each row, on the last stage (empty elsewhere). With gradient, its first item is the loss."""
 
-    def _run_rows(self, rows: list[tuple[MicroBatch, PackedSequences]], consume: Callable[[MicroBatch, torch.Tensor], tuple[Any, ...]],
-                  forward_only: bool) -> list[tuple[Any, ...]]:
-        """Results of `consume(micro, hidden)` for each row, on the last stage (empty elsewhere). With gradient, its first item is the loss."""
+        def forward(iterator: Iterator[Row], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            row = next(iterator)
+            hidden = model(row.input_ids[None], None, None, packed_seq_params=row.packed)
+            return hidden, partial(after, row)
 
-        def forward(iterator: Iterator[tuple[MicroBatch, PackedSequences]], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-            micro, packed = next(iterator)
-            hidden = model(micro.input_ids[None].to(self.layout.device), None, None, packed_seq_params=packed)
-            return hidden, partial(after, micro)
-
-        def after(micro: MicroBatch, hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
-            result = consume(micro, hidden)
+        def after(row: Row, hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
+            result = consume(row, hidden)
             # Without gradient the schedule stores what it gets; with gradient it wants (loss, tokens, anything) and scales by no token count here.
             return result if non_loss_data else (result[0], torch.ones((), dtype=torch.int), result[1:])
 
+        iterators = [iter(rows) for _ in self.ddp]
+        single = len(self.ddp) == 1
         return self._schedule(
-            forward_step_func=forward, data_iterator=iter(rows), model=self.ddp, num_microbatches=len(rows), seq_length=1, micro_batch_size=1,
-            forward_only=forward_only, collect_non_loss_data=forward_only)
+            forward_step_func=forward, data_iterator=iterators[0] if single else iterators, model=self.ddp[0] if single else self.ddp,
+            num_microbatches=len(rows), seq_length=1, micro_batch_size=1, forward_only=forward_only, collect_non_loss_data=forward_only)
 
     def _whole_row(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T/tp, 1, H] -> [T, H]. The scoring function's hidden gradient is already summed over ranks, so the gather's
         backward only takes this rank's part."""
-        if self.model.config.sequence_parallel:
+        if self.chunks[0].config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden[:, 0]
 
-    def _scores(self, micro: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(self, row: Row, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([R], [R]) float32 log-prob and entropy of the row's response tokens."""
-        device = self.layout.device
         return linear_log_prob_and_entropy(
-            self._whole_row(hidden)[micro.predicting.to(device)], self.model.output_weight(), micro.targets.to(device), self.layout.tensor,
+            self._whole_row(hidden)[row.predicting], self.output_weight(), row.targets, self.layout.tensor,
             self.description.geometry.vocab_size, entropy_grad=False, chunk_tokens=self.config.trainer.vocab_chunk_tokens,
             temperature=self.config.rollout.temperature)
 
-    def _policy_loss(self, plan: _Plan, batch: TrainingBatch, weights: torch.Tensor, micro: MicroBatch, hidden: torch.Tensor) -> tuple[Any, ...]:
-        """(loss with gradient, log-prob, entropy, loss, clipped tokens) of one row."""
-        settings, device = self.config.algorithm, self.layout.device
-        where = plan.tokens_of(micro)
-        log_prob, entropy = self._scores(micro, hidden)
-        lengths = torch.tensor([plan.lengths[i] for i in micro.indices])
+    def _policy_loss(self, batch: TrainingBatch, sequence_advantage: torch.Tensor, weights: torch.Tensor, row: Row,
+                     hidden: torch.Tensor) -> tuple[Any, ...]:
+        """(loss with gradient, log-prob, entropy, loss, clipped tokens) of one row. `sequence_advantage`, `weights`: of every token of the batch."""
+        settings, device, where = self.config.algorithm, self.layout.device, row.where
+        log_prob, entropy = self._scores(row, hidden)
         # Off-policy, u stays that of the policy that sampled: the teacher was scored with its weights too.
         old = None if batch.old_log_prob is None else batch.old_log_prob[where].to(device)
         advantage = token_advantage(
-            batch.sequence_advantage[list(micro.indices)].repeat_interleave(lengths).to(device), log_prob.detach() if old is None else old,
+            sequence_advantage[where].to(device), log_prob.detach() if old is None else old,
             batch.teacher_log_prob[where].to(device), batch.teacher_mask[where].to(device),
             method=settings.method, lambda_=batch.lambda_, compose=settings.compose)
         loss, clipped = clipped_surrogate(log_prob, old, advantage, weights[where].to(device), settings.clip)
@@ -179,12 +160,11 @@ class Trainer:
 
     # -- local results -> global vectors, the same on every rank ----------------------------------------------------------
 
-    def _assemble(self, plan: _Plan, results: list[tuple[Any, ...]]) -> TokenScores:
-        total = sum(plan.lengths)
-        scores = torch.zeros(2, total, dtype=torch.float32, device=self.layout.device)
+    def _assemble(self, plan: RowPlan, results: list[tuple[Any, ...]]) -> TokenScores:
+        scores = torch.zeros(2, sum(plan.lengths), dtype=torch.float32, device=self.layout.device)
         if self.layout.is_last_stage:
-            for micro, result in zip(plan.micro_batches, results, strict=True):
-                scores[:, plan.tokens_of(micro).to(self.layout.device)] = torch.stack([result[0].float(), result[1].float()])
+            for row, result in zip(plan.rows, results, strict=True):
+                scores[:, row.where.to(self.layout.device)] = torch.stack([result[0].float(), result[1].float()])
         scores = self._share(scores).cpu()
         return TokenScores(log_prob=scores[0], entropy=scores[1], lengths=plan.lengths)
 
@@ -196,9 +176,10 @@ class Trainer:
         return tuple(self._share(sums).tolist())
 
     def _share(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over data-parallel ranks of the last stage, then hand to the other stages. Each element has one contributor, so it is exact."""
-        if self.layout.is_last_stage and self.layout.data_size > 1:
-            dist.all_reduce(tensor, group=self.layout.data)
+        """Sum over data- and context-parallel ranks of the last stage, then hand to the other stages. A token's score has one contributor, so
+        it is exact."""
+        if self.layout.is_last_stage and self.layout.replica_size > 1:
+            dist.all_reduce(tensor, group=self.layout.replicas)
         if self.layout.pipeline_size > 1:
             dist.broadcast(tensor, src=self.layout.last_stage_global_rank(), group=self.layout.pipeline)
         return tensor

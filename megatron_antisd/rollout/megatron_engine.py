@@ -1,6 +1,6 @@
 """The engine protocol on the training model itself: no second copy of the weights, every layout that trains can sample.
 
-A replica is the tensor- and pipeline-parallel ranks of one data-parallel rank; it decodes its part of the requests with a key/value
+A replica is the tensor- and pipeline-parallel ranks of one data- and context-parallel rank; it decodes its part of the requests with a key/value
 cache, one row of the pipeline schedule at a time: a row of prompts while slots are free, else one token of every running sequence.
 With expert parallelism the replicas meet inside every forward pass, so all replicas run the same number of rows: one that is done runs
 rows of padding until the last one is.
@@ -30,7 +30,7 @@ _DONE, _RUNNING, _FAILED = 0, 1, 2
 class MegatronEngine:
     """Generation with `trainer`'s model. The cache exists during `generate` only.
 
-    Raises EngineError for a `max_context` beyond the model's and for context parallelism.
+    Raises EngineError for a `max_context` beyond the model's.
     """
 
     policy_version: int
@@ -44,10 +44,6 @@ class MegatronEngine:
             raise EngineError(f"rollout.max_context={max_context} exceeds the model's max_position_embeddings of {longest}; lower it")
         if max_sequences < 1:
             raise EngineError(f"rollout.max_sequences={max_sequences}, expected at least 1")
-        context_parallel = trainer.config.parallel.context_parallel_size
-        if context_parallel > 1:
-            raise EngineError(f"rollout.engine=megatron decodes one token at a time, which parallel.context_parallel_size={context_parallel} "
-                              "cannot divide; set it to 1 or take rollout.engine=vllm")
         self.policy_version = policy_version
         self.max_context = max_context or longest
         self._max_sequences = max_sequences
@@ -62,12 +58,12 @@ class MegatronEngine:
             raise EngineError("generate: the engine is closed")
         self._require_agreement(requests, sampling)
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._vocab_size)
-        replicas, mine = self._layout.data_size, self._layout.data_rank
+        replicas, mine = self._layout.replica_size, self._layout.replica_rank
         bounds = [len(requests) * i // replicas for i in range(replicas + 1)]
         part = self._generate(requests[bounds[mine]:bounds[mine + 1]], sampling)
         parts: list[list[Generation]] = [part] * replicas
         if replicas > 1:
-            dist.all_gather_object(parts, part, group=self._layout.data)
+            dist.all_gather_object(parts, part, group=self._layout.replicas)
         return [generation for part in parts for generation in part]
 
     def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -119,10 +115,10 @@ class MegatronEngine:
 
     def _agree(self, state: int) -> int:
         """The largest state of all replicas. Ranks of one replica hold the same state, so without other replicas nobody is asked."""
-        if self._layout.data_size == 1:
+        if self._layout.replica_size == 1:
             return state
         shared = torch.tensor([state], device=self._layout.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._layout.data)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._layout.replicas)
         return int(shared)
 
     @torch.no_grad()
@@ -146,7 +142,7 @@ class MegatronEngine:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, H] -> [n, vocabulary] fp32, whole on every tensor-parallel rank of the last stage."""
-        weight = self._trainer.model.output_weight()  # [V_padded/tp, H]
+        weight = self._trainer.output_weight()  # [V_padded/tp, H]
         if weight.is_cuda and weight.dtype == torch.bfloat16:
             shard = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         else:

@@ -73,7 +73,7 @@ def _break_steps(module: Any) -> None:
 
     def broken_update(optimizer: Any, clip_grad: float, finite_loss: bool) -> Any:
         if count["step"] == INFINITE_GRADIENT and last:
-            for buffer in broken_update.trainer.ddp.buffers:
+            for buffer in broken_update.trainer.ddp[0].buffers:
                 buffer.grad_data.fill_(float("inf"))
         return update(optimizer, clip_grad, finite_loss=finite_loss)
 

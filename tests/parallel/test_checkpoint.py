@@ -23,6 +23,8 @@ LAYOUTS = {
     "tp2-etp2": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_tensor_parallel_size=2", "parallel.distributed_optimizer=false"]),
     "pp2-plain": (2, ["parallel.pipeline_parallel_size=2", "parallel.distributed_optimizer=false"]),
     "pp2": (2, ["parallel.pipeline_parallel_size=2"]),
+    "pp2-vpp2": (2, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2"]),
+    "cp2": (2, ["parallel.context_parallel_size=2"]),
     "ep2": (2, ["parallel.expert_parallel_size=2"]),
     "dp2": (2, []),
 }
@@ -108,7 +110,8 @@ def test_manifest_says_what_wrote_it(runs: Runs) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "kind", "dtype"), [
-    ("pp2-plain", "moe", "float32"), ("pp2", "dense", "float32"), ("dp2", "moe", "bfloat16"), ("tp2-etp2", "moe", "bfloat16")])
+    ("pp2-plain", "moe", "float32"), ("pp2", "dense", "float32"), ("dp2", "moe", "bfloat16"), ("tp2-etp2", "moe", "bfloat16"),
+    ("pp2-vpp2", "moe", "float32"), ("cp2", "moe", "bfloat16")])
 def test_resume_is_bitwise_exact_elsewhere(runs: Runs, layout: str, kind: str, dtype: str) -> None:
     directory, whole = runs.whole(layout, kind, dtype)
     assert_exact(whole, runs.resumed(layout, directory, kind, dtype))
@@ -116,7 +119,8 @@ def test_resume_is_bitwise_exact_elsewhere(runs: Runs, layout: str, kind: str, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved_on", "loaded_on", "kind"), [
-    ("tp2-ep2", "one", "moe"), ("one", "ep2", "moe"), ("tp2-ep2", "pp2-plain", "moe"), ("dp2", "tp2-etp2", "moe"), ("pp2", "dp2", "dense")])
+    ("tp2-ep2", "one", "moe"), ("one", "ep2", "moe"), ("tp2-ep2", "pp2-plain", "moe"), ("dp2", "tp2-etp2", "moe"), ("pp2", "dp2", "dense"),
+    ("pp2-vpp2", "cp2", "moe"), ("cp2", "pp2-vpp2", "dense")])
 def test_resume_on_another_layout(runs: Runs, saved_on: str, loaded_on: str, kind: str) -> None:
     directory, whole = runs.whole(saved_on, kind)
     resumed = runs.resumed(loaded_on, directory, kind)

@@ -24,6 +24,7 @@ LAYOUTS = {
     "dp2": (2, [], "moe"),
     "dp2-plain-optimizer": (2, ["parallel.distributed_optimizer=false"], "moe"),
     "tp2": (2, ["parallel.tensor_parallel_size=2", "parallel.distributed_optimizer=false"], "moe"),
+    "etp2": (2, ["parallel.expert_tensor_parallel_size=2"], "moe"),
     "tp2-etp2": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_tensor_parallel_size=2"], "moe"),
     "ep2": (2, ["parallel.expert_parallel_size=2"], "moe"),
     "tp2-ep2": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2"], "moe"),
@@ -32,13 +33,31 @@ LAYOUTS = {
     "tp2-pp2": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], "moe"),
     "pp2-ep2": (4, ["parallel.pipeline_parallel_size=2", "parallel.expert_parallel_size=2"], "moe"),
     "tp2-ep2-etp2": (4, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2", "parallel.expert_tensor_parallel_size=2"], "moe"),
+    "pp2-uneven": (2, ["parallel.pipeline_parallel_size=2", "parallel.pipeline_layers=[3,1]"], "moe"),
+    "pp2-vpp2": (2, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2"], "moe"),
+    "pp2-vpp2-recompute-olmo3": (2, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2", "model.recompute=full"], "olmo3"),
+    "tp2-pp2-vpp2": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2"], "moe"),
+    "pp3-dense-tied": (3, ["parallel.pipeline_parallel_size=3", "parallel.pipeline_layers=[1,2,1]"], "dense"),
+    "pp2-vpp2-dense-tied": (2, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2"], "dense"),
+    "cp2": (2, ["parallel.context_parallel_size=2"], "moe"),
+    "cp2-dense": (2, ["parallel.context_parallel_size=2", "parallel.distributed_optimizer=false"], "dense"),
+    "cp2-olmo3": (2, ["parallel.context_parallel_size=2"], "olmo3"),
+    "cp2-ep2": (2, ["parallel.context_parallel_size=2", "parallel.expert_parallel_size=2"], "moe"),
+    "tp2-cp2": (4, ["parallel.tensor_parallel_size=2", "parallel.context_parallel_size=2"], "moe"),
+    "tp2-cp2-ep4": (4, ["parallel.tensor_parallel_size=2", "parallel.context_parallel_size=2", "parallel.expert_parallel_size=4"], "moe"),
+    "cp2-dp2": (4, ["parallel.context_parallel_size=2"], "moe"),
+    "cp4-olmo3": (4, ["parallel.context_parallel_size=4"], "olmo3"),
+    "pp2-cp2": (4, ["parallel.pipeline_parallel_size=2", "parallel.context_parallel_size=2", "model.recompute=full"], "moe"),
+    "pp2-vpp2-cp2-ep2": (4, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2", "parallel.context_parallel_size=2",
+                             "parallel.expert_parallel_size=2"], "moe"),
     "tp2-dense": (2, ["parallel.tensor_parallel_size=2"], "dense"),
     "pp2-dense-tied": (2, ["parallel.pipeline_parallel_size=2"], "dense"),
     "tp2-olmo3": (2, ["parallel.tensor_parallel_size=2"], "olmo3"),
     "tp2-pp2-olmo3": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], "olmo3"),
     "pp2-recompute-olmo3": (2, ["parallel.pipeline_parallel_size=2", "model.recompute=full"], "olmo3"),
 }
-SLOW = {"dp2-plain-optimizer", "tp2-etp2", "pp2-recompute", "tp2-ep2-etp2", "tp2-dense", "tp2-pp2-olmo3", "pp2-recompute-olmo3"}
+FAST = {"dp2", "tp2", "ep2", "tp2-ep2", "pp2", "tp2-pp2", "pp2-ep2", "pp2-vpp2", "pp2-vpp2-cp2-ep2", "cp2-olmo3", "tp2-cp2-ep4",
+        "pp2-dense-tied", "tp2-olmo3"}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +140,7 @@ def expected_gradient(gradients: dict[str, torch.Tensor], name: str) -> torch.Te
     return gate if projection == "gate_proj" else up
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in LAYOUTS])
 def test_layout_equals_one_rank(references: dict, tmp_path: Path, name: str) -> None:
     ranks, overrides, kind = LAYOUTS[name]
     checkpoint, reference = references[kind]
@@ -143,7 +162,8 @@ def test_layout_equals_one_rank(references: dict, tmp_path: Path, name: str) -> 
     for key, tensor in result["weights"].items():
         difference = (tensor - reference["weights"][key]).abs()
         assert difference.max() < WEIGHT and difference.mean() < WEIGHT_MEAN, f"{key}: {difference.max():.1e}, mean {difference.mean():.1e}"
-    assert result["padding"] < 0.02
+    # The rows of this test are tiny: chunks for context-parallel ranks and rows that fill a schedule weigh more than in earnest.
+    assert result["padding"] < (0.15 if "cp" in name or "vpp" in name else 0.02)
 
 
 def test_loss_is_independent_of_micro_batches(references: dict, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     facts["updated_score"] = score(trainer, requests, facts["updated"])
     facts["old_under_new"] = score(trainer, requests, facts["free"])
     if dist.get_rank() == dist.get_world_size() - 1:  # on one rank alone
-        for parameter in trainer.model.parameters():
+        for parameter in (p for chunk in trainer.chunks for p in chunk.parameters()):
             parameter.data.fill_(float("nan"))
     facts["broken"] = error_of(lambda: engine.generate(requests, FREE))
     engine.close()
