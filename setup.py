@@ -35,7 +35,8 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]==2.20.2"],  # the torch part is compiled against the installed torch
     "wandb": ["wandb"],
     "bench": ["trl==1.16.*"],  # what benchmarks/against_trl.py compares with
-    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
+    # mbridge is a second opinion on weight conversion (tests/models/test_mbridge.py): pure Python, no requirements of its own
+    "dev": ["mbridge==0.15.1", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 
 setup(

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shutil.rmtree(given.output, ignore_errors=True)
     for kind in ("moe", "tied"):
         shape = Shape(hidden=256, head_dim=64, experts=8 if kind == "moe" else 0, intermediate=256, context=512, tied=kind == "tied")
-        make_tiny_checkpoint(given.output / kind, shape=shape, vocab_size=509)
+        make_tiny_checkpoint(given.output / kind, shape=shape, vocab_size=544)
     print(f"{machine()}\n")
     print("| layout | ranks | policy, MB | least, all ranks, MB | received, MB | ratio | worst rank |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
