@@ -48,7 +48,7 @@ class ParallelConfig(Section):
     expert_tensor_parallel_size: int = Field(1, ge=1)
     """ETP: tensor parallelism inside an expert; independent of TP."""
     distributed_optimizer: bool = True
-    """Shard main weights and moments over data-parallel ranks."""
+    """Shard main weights and moments over data- and context-parallel ranks."""
     timeout_seconds: int = Field(600, ge=10)
     """Time-out of collectives, and of a rank's wait for the slowest one in the rollout engine; Megatron's groups round it up to minutes."""
 

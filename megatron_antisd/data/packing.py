@@ -2,7 +2,7 @@
 
 A view of prompt p and response r enters the model as `p + r[:-1]`; the hidden state at input position `len(p) - 1 + t`
 predicts response token `t`. The last response token is never an input. No padding between sequences: a micro-batch is one row
-of concatenated sequences, filled at its end to a multiple of the tensor-parallel size where sequence parallelism needs it.
+of concatenated sequences, filled at its end to the multiple that its tensor- and context-parallel ranks divide.
 
 Views whose prompts begin alike (a group's rollouts; a teacher's prompts, which hold one of two solutions and end in the feedback) share
 that beginning: the row holds it once, as a sequence of its own, the trunk, and the rest of each view as a sequence that continues it.

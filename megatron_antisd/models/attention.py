@@ -16,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,6 +94,13 @@ class PackedSequences(PackedSeqParams):
     decode: bool = False
     """One new token per sequence, attending to the cache."""
 
+    @cached_property
+    def remembered(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the tokens that go into the cache: which they are, their slots and their positions. Once a row, not once a layer: finding
+        them makes a GPU wait."""
+        row = torch.nonzero(self.slot >= 0)[:, 0]
+        return row, self.slot[row], self.positions[row]
+
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25,
            continues: Sequence[int | None] | None = None, context: dist.ProcessGroup | None = None) -> PackedSequences:
@@ -126,6 +134,13 @@ class PackedSequences(PackedSeqParams):
             qkv_format="packed", positions=positions[held].to(device), batches=tuple(batches), unpack=unpack.to(device), context=context,
             max_seqlen_q=longest, max_seqlen_kv=longest,
         )
+
+    @staticmethod
+    def decoding(positions: Sequence[int], slots: Sequence[int], cache: KeyValueCache, device: torch.device | str = "cpu") -> PackedSequences:
+        """One new token for each of the sequences in `slots` (-1 for padding), which are `positions` tokens long so far."""
+        return PackedSequences(
+            qkv_format="packed", positions=torch.tensor(positions, device=device), slot=torch.tensor(slots, device=device), cache=cache, decode=True,
+            max_seqlen_q=1, max_seqlen_kv=max(positions) + 1)
 
 
 def context_part(tokens: int, rank: int, size: int) -> torch.Tensor:
@@ -247,7 +262,10 @@ class PackedAttention(DotProductAttention):
             k, v = gather_from_sequence_parallel_region(torch.stack([k, v], dim=1), group=packed.context).unbind(1)
         outputs = []
         for batch in packed.batches:
-            tensors = [x[index].transpose(1, 2) for x, index in ((q, batch.query), (k, batch.key), (v, batch.key))]  # [n, heads, L or P + L, d]
+            before = batch.key.shape[1] - batch.query.shape[1]
+            unseen = 0 if self.window is None else max(0, before - self.window + 1)
+            key = batch.key[:, unseen:]
+            tensors = [x[index].transpose(1, 2) for x, index in ((q, batch.query), (k, key), (v, key))]  # [n, heads, L or P + L, d]
             outputs.append(self._attend(*tensors).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[packed.unpack]
 
@@ -260,26 +278,28 @@ class PackedAttention(DotProductAttention):
             mask = {"is_causal": True} if queries == keys else {"attn_mask": causal_lower_right(queries, keys)}
             return F.scaled_dot_product_attention(q, k, v, **options, **mask)
         # Blocks of queries, each with the keys that one of them sees: work and memory grow with the window, not with the square of the length.
+        # Of the kernels that take such a mask, the lean one on GPUs wants a key for every query head.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         outputs = []
         for start in range(keys - queries, keys, self.window):
             end, first = min(start + self.window, keys), max(0, start - self.window + 1)
             distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
             block = slice(start - keys + queries, end - keys + queries)
             outputs.append(F.scaled_dot_product_attention(
-                q[:, :, block], k[:, :, first:end], v[:, :, first:end], attn_mask=(distance >= 0) & (distance < self.window), **options))
+                q[:, :, block], k[:, :, first:end], v[:, :, first:end], attn_mask=(distance >= 0) & (distance < self.window),
+                scale=self.softmax_scale))
         return torch.cat(outputs, dim=2)
 
     def _remember(self, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> None:
         keys, values = packed.cache.of(self.layer_number, k)
-        real = packed.slot >= 0
-        slot, position = packed.slot[real], packed.positions[real]
-        keys[slot, :, position] = k[real]
-        values[slot, :, position] = v[real]
+        row, slot, position = packed.remembered
+        keys[slot, :, position] = k[row]
+        values[slot, :, position] = v[row]
 
     def _decode(self, q: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         keys, values = packed.cache.of(self.layer_number, q)
         slot = packed.slot.clamp(min=0)
-        longest = int(packed.positions.max()) + 1
+        longest = packed.max_seqlen_kv
         distance = packed.positions[:, None] - torch.arange(longest, device=q.device)[None]  # [T, longest]
         seen = (distance >= 0) & (distance < (self.window or longest))
         out = F.scaled_dot_product_attention(

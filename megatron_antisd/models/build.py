@@ -160,7 +160,8 @@ def _pipeline_fields(parallel: ParallelConfig, layers: int) -> dict[str, Any]:
     return {
         "pipeline_model_parallel_layout": chunks,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_size if virtual else None,
-        # Interleaved chunks with batched messages gave wrong gradients on gloo, silently; overlapped ones are right.
+        # With two stages both neighbours are one rank, and interleaved chunks with batched messages mix up a backward send with a forward
+        # receive: wrong gradients, silently. Overlapped messages are right.
         "overlap_p2p_comm": virtual,
         "batch_p2p_comm": not virtual,
     }

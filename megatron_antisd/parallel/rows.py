@@ -56,11 +56,23 @@ def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int) -
 
 
 def filler(layout: ProcessLayout) -> Row:
-    """Padding alone: the interleaved pipeline schedule runs a multiple of its stages' number of rows."""
+    """Padding alone: the interleaved pipeline schedule runs a multiple of its stages' number of rows. Context-parallel ranks share it."""
     none, tokens = torch.empty(0, dtype=torch.int64), layout.row_multiple
     micro = MicroBatch(indices=(), input_ids=torch.zeros(tokens, dtype=torch.int64), lengths=(tokens,), continues=(None,), predicting=none,
                        targets=none, padding=tokens)
     return _row(micro, none, layout)
+
+
+def lone_row(input_ids: torch.Tensor, packed: PackedSequences, layout: ProcessLayout) -> Row:
+    """A row that this context-parallel rank has to itself, nothing of it scored."""
+    none = torch.empty(0, dtype=torch.int64)
+    return Row(input_ids=input_ids.to(layout.device), packed=packed, predicting=none, targets=none, where=none)
+
+
+def lone_filler(layout: ProcessLayout) -> Row:
+    """Padding alone, shared with no context-parallel rank."""
+    tokens = layout.tensor_size
+    return lone_row(torch.zeros(tokens, dtype=torch.int64), PackedSequences.of([tokens], layout.device), layout)
 
 
 def _row(micro: MicroBatch, where: torch.Tensor, layout: ProcessLayout) -> Row:

@@ -1,7 +1,7 @@
 """The policy on this rank's shards: score views, take a step, stream the weights out. Layout-blind to its callers.
 
 Both `score` and `step` run Megatron's pipeline schedule over packed micro-batches. The loss of a micro-batch is already
-divided by the global token count, so gradients are plain sums over micro-batches and data-parallel ranks (invariant 3).
+divided by the global token count, so gradients are plain sums over micro-batches, data- and context-parallel ranks (invariant 3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_antisd.models.build import ModelDescription, build_model
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
 from megatron_antisd.parallel.reshard import WeightStream, load_huggingface
-from megatron_antisd.parallel.rows import Row, RowPlan, filler, plan_rows
+from megatron_antisd.parallel.rows import Row, RowPlan, lone_filler, lone_row, plan_rows
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
 
@@ -92,12 +92,11 @@ class Trainer:
         """[T] token ids -> [T, H] final hidden states on the last pipeline stage, None elsewhere; no gradient. For the in-process sampler, which
         gives every context-parallel rank a row of its own. T is a multiple of the tensor-parallel size; with experts every rank of the world
         must call it equally often."""
-        none = torch.empty(0, dtype=torch.int64)
-        row = Row(input_ids=input_ids.to(self.layout.device), packed=packed, predicting=none, targets=none, where=none)
         others = self.layout.pipeline_size - 1 if self.layout.virtual_size > 1 else 0
+        rows = [lone_row(input_ids, packed, self.layout), *[lone_filler(self.layout)] * others]
         self._set_training(False)
         with torch.no_grad():
-            results = self._run([row, *[filler(self.layout)] * others], lambda _, hidden: (self._whole_row(hidden),), forward_only=True)
+            results = self._run(rows, lambda _, hidden: (self._whole_row(hidden),), forward_only=True)
         return results[0][0] if results else None
 
     def output_weight(self) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_antisd.models.attention import KeyValueCache, PackedSequences
+from megatron_antisd.parallel.rows import lone_filler
 from megatron_antisd.parallel.trainer import Trainer
 from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling, check_requests
 
@@ -110,8 +111,8 @@ class MegatronEngine:
 
     def _idle(self) -> None:
         """A row of padding alone, to keep the other replicas company."""
-        tokens = self._layout.tensor_size
-        self._trainer.hidden_states(torch.zeros(tokens, dtype=torch.int64), PackedSequences.of([tokens], self._layout.device))
+        row = lone_filler(self._layout)
+        self._trainer.hidden_states(row.input_ids, row.packed)
 
     def _agree(self, state: int) -> int:
         """The largest state of all replicas. Ranks of one replica hold the same state, so without other replicas nobody is asked."""
@@ -275,9 +276,6 @@ class _Batch:
         running = tuple(self._running)
         padding = -len(running) % self._multiple
         positions = [len(s.request.prompt_ids) + len(s.response) - 1 for s in running]
-        packed = PackedSequences(
-            qkv_format="packed", positions=torch.tensor(positions + [0] * padding, device=self._device), max_seqlen_q=1,
-            max_seqlen_kv=max(positions) + 1, cache=self._cache, slot=torch.tensor([s.slot for s in running] + [-1] * padding, device=self._device),
-            decode=True)
+        packed = PackedSequences.decoding(positions + [0] * padding, [s.slot for s in running] + [-1] * padding, self._cache, self._device)
         tokens = torch.tensor([s.response[-1] for s in running] + [0] * padding)
         return _Row(input_ids=tokens, packed=packed, sequences=running, last=torch.arange(len(running)))

@@ -149,10 +149,8 @@ def test_decoding_with_a_cache_gives_the_packed_values(lengths: list[int], windo
             break
         rows = torch.tensor([starts[i] + prompts[i] + step for i in running])
         filled = torch.cat([rows, rows[:1]])  # padding of the row: its token belongs to no slot and must not be remembered
-        packed = packing([1] * len(filled))
-        packed.positions = torch.tensor([*(prompts[i] + step for i in running), 0])
-        packed.cache, packed.decode = cache, True
-        packed.slot = torch.tensor([*(slots[i] for i in running), -1])
+        packed = PackedSequences.decoding([*(prompts[i] + step for i in running), 0], [*(slots[i] for i in running), -1], cache)
+        packed.rotation = packing([1] * len(filled)).rotation
         found[rows] = attention(query[filled], key[filled], value[filled], packed_seq_params=packed)[:-1]
     assert (found - expected).abs().max() < VALUE
     assert (cache.layers[attention.layer_number][0][-1] == 1e6).all(), "a slot nobody owns was written"

@@ -39,6 +39,8 @@ LAYOUTS = {
     "tp2-pp2-vpp2": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2"], "moe"),
     "pp3-dense-tied": (3, ["parallel.pipeline_parallel_size=3", "parallel.pipeline_layers=[1,2,1]"], "dense"),
     "pp2-vpp2-dense-tied": (2, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2"], "dense"),
+    "pp3-vpp2": (3, ["parallel.pipeline_parallel_size=3", "parallel.virtual_pipeline_size=2"], "deep"),
+    "pp2-cp2-dense-tied": (4, ["parallel.pipeline_parallel_size=2", "parallel.context_parallel_size=2"], "dense"),
     "cp2": (2, ["parallel.context_parallel_size=2"], "moe"),
     "cp2-dense": (2, ["parallel.context_parallel_size=2", "parallel.distributed_optimizer=false"], "dense"),
     "cp2-olmo3": (2, ["parallel.context_parallel_size=2"], "olmo3"),
@@ -60,13 +62,19 @@ FAST = {"dp2", "tp2", "ep2", "tp2-ep2", "pp2", "tp2-pp2", "pp2-ep2", "pp2-vpp2",
         "pp2-dense-tied", "tp2-olmo3"}
 
 
+def make(kind: str, directory: Path) -> Path:
+    if kind == "olmo3":
+        return make_olmo3(directory)
+    return make_checkpoint(directory, moe=kind != "dense", tied=kind == "dense", **({"num_hidden_layers": 6} if kind == "deep" else {}))
+
+
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict]]:
     """kind -> (checkpoint, what one rank got)."""
     root = tmp_path_factory.mktemp("layouts")
     found = {}
-    for kind in ("moe", "dense", "olmo3"):
-        checkpoint = make_olmo3(root / kind) if kind == "olmo3" else make_checkpoint(root / kind, moe=kind == "moe", tied=kind == "dense")
+    for kind in ("moe", "dense", "olmo3", "deep"):
+        checkpoint = make(kind, root / kind)
         output = root / f"{kind}.pt"
         run_ranks(SCRIPT, 1, str(checkpoint), str(output), str(STEPS), "parallel.distributed_optimizer=false")
         found[kind] = (checkpoint, torch.load(output))
@@ -181,7 +189,7 @@ def test_loss_is_independent_of_micro_batches(references: dict, tmp_path: Path) 
 
 def test_reference_moves(references: dict) -> None:
     """The comparisons above mean something only if the steps change the weights by more than the tolerance."""
-    for checkpoint, reference in references.values():
-        assert json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"] == 4
+    for kind, (checkpoint, reference) in references.items():
+        assert json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"] == (6 if kind == "deep" else 4)
         moved = [(t - reference["loaded"][n]).abs() for n, t in reference["weights"].items()]
         assert min(m.max() for m in moved) > 4 * WEIGHT and min(m.mean() for m in moved) > 500 * WEIGHT_MEAN

@@ -37,8 +37,9 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "tp2-pp2": (4, ("moe",), ("tensor_parallel_size=2", "pipeline_parallel_size=2")),
     "cp2": (2, ("moe",), ("context_parallel_size=2",)),
     "pp2-vpp2": (2, ("moe", "dense"), ("pipeline_parallel_size=2", "virtual_pipeline_size=2")),
+    "pp2-vpp2-cp2": (4, ("dense",), ("pipeline_parallel_size=2", "virtual_pipeline_size=2", "context_parallel_size=2")),
 }
-SLOW = {"dp2-ep2", "dp2-tp2-dense", "tp2-pp2", "pp2-vpp2"}
+SLOW = {"dp2-ep2", "dp2-tp2-dense", "tp2-pp2", "pp2-vpp2", "pp2-vpp2-cp2"}
 CASES = [pytest.param(layout, kind, marks=[pytest.mark.slow] if layout in SLOW else []) for layout, (_, kinds, _) in LAYOUTS.items()
          for kind in kinds]
 
