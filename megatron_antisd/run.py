@@ -137,9 +137,12 @@ def _check_prompts(config: RunConfig, prompts: PromptBuilder, problems: Sequence
 def _build_engine_and_trainer(config: RunConfig, context: int) -> tuple[Engine, Trainer]:
     engine: Engine | None = None
     if config.rollout.engine == "vllm":
+        from megatron_antisd.parallel.checkpoint_files import is_checkpoint
         from megatron_antisd.rollout.vllm_engine import VllmEngine
 
+        # vLLM cannot read a checkpoint's tensors; its first weights come from the trainer in any case.
         engine = VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=context,
+                            load_format="dummy" if is_checkpoint(config.model.path) else "auto",
                             timeout_seconds=config.parallel.timeout_seconds)
     from megatron_antisd.compat import megatron_cpu
 

@@ -337,6 +337,11 @@ def test_incomplete_checkpoint_is_named(checkpoint: Path, name: str, message: st
         check_files(on_disk(checkpoint))
 
 
+def test_a_checkpoint_has_weights_of_another_kind(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "manifest.json")
+    check_files(on_disk(checkpoint))
+
+
 def test_broken_config_json_is_named(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json is not valid JSON"):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_antisd.config import ConfigError, RunConfig
+from megatron_antisd.config import ConfigError, ParallelConfig, RunConfig
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe", "olmo3")
 
@@ -49,6 +49,11 @@ def check_layout(config: RunConfig, model: Mapping[str, Any], world_size: int, *
     _raise(list(_layout_problems(config, model, world_size, cpu=cpu)))
 
 
+def check_model(parallel: ParallelConfig, model: Mapping[str, Any]) -> None:
+    """The rules between a model and its division over ranks, without a run. Raises ConfigError with one line per broken rule."""
+    _raise([*_virtual_problems(parallel), *_model_problems(parallel, model)])
+
+
 def check_files(config: RunConfig) -> None:
     """The rules on this machine's files and packages. Raises ConfigError with one line per broken rule."""
     _raise(list(_file_problems(config)))
@@ -77,26 +82,41 @@ def _raise(problems: list[str]) -> None:
 def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool) -> Iterator[str]:
     yield from _world_problems(config, world_size)
     yield from _batch_problems(config, world_size)
-    model_type = model.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        yield f"model.path: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+    yield from _model_problems(config.parallel, model)
+    model = _complete(model)
+    if model.get("model_type") not in SUPPORTED_MODEL_TYPES or _missing(model):
+        return  # reported
+    yield from _length_problems(config, model)
+    if config.rollout.engine == "vllm":
+        yield from _vllm_problems(config, model, moe=model["model_type"] == "qwen3_moe", cpu=cpu)
+
+
+def _model_problems(parallel: ParallelConfig, model: Mapping[str, Any]) -> Iterator[str]:
+    model, moe = _complete(model), model.get("model_type") == "qwen3_moe"
+    if model.get("model_type") not in SUPPORTED_MODEL_TYPES:
+        yield f"model.path: model_type {model.get('model_type')!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         return
-    # transformers 5 writes the number of experts of Qwen3-MoE as num_local_experts; earlier releases as num_experts.
-    model = {**model, "num_experts": model.get("num_experts", model.get("num_local_experts"))}
-    heads, hidden = model.get("num_attention_heads"), model.get("hidden_size")
-    if model_type == "olmo3" and heads and hidden:  # its published configs leave out what equals the default
-        model = {**model, "num_key_value_heads": model.get("num_key_value_heads") or heads, "head_dim": model.get("head_dim") or hidden // heads}
-    moe = model_type == "qwen3_moe"
     yield from _architecture_problems(model, moe=moe)
-    missing = [key for key in (*MODEL_KEYS, *(MOE_KEYS if moe else ())) if model.get(key) is None]
+    missing = _missing(model)
     if missing:
         yield f"model.path: config.json lacks {', '.join(missing)}; they are needed to check the layout"
         return
-    yield from _trainer_problems(config, model)
-    yield from _expert_problems(config, model, moe=moe)
-    yield from _length_problems(config, model)
-    if config.rollout.engine == "vllm":
-        yield from _vllm_problems(config, model, moe=moe, cpu=cpu)
+    yield from _trainer_problems(parallel, model)
+    yield from _expert_problems(parallel, model, moe=moe)
+
+
+def _complete(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json with what its spelling leaves out."""
+    # transformers 5 writes the number of experts of Qwen3-MoE as num_local_experts; earlier releases as num_experts.
+    model = {**model, "num_experts": model.get("num_experts", model.get("num_local_experts"))}
+    heads, hidden = model.get("num_attention_heads"), model.get("hidden_size")
+    if model.get("model_type") == "olmo3" and heads and hidden:  # its published configs leave out what equals the default
+        model = {**model, "num_key_value_heads": model.get("num_key_value_heads") or heads, "head_dim": model.get("head_dim") or hidden // heads}
+    return model
+
+
+def _missing(model: Mapping[str, Any]) -> list[str]:
+    return [key for key in (*MODEL_KEYS, *(MOE_KEYS if model.get("model_type") == "qwen3_moe" else ())) if model.get(key) is None]
 
 
 def _architecture_problems(model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
@@ -137,12 +157,16 @@ def _world_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if world_size % expert_ranks:
         yield (f"world size {world_size} must be divisible by parallel.expert_tensor_parallel_size={p.expert_tensor_parallel_size} * "
                f"expert_parallel_size={p.expert_parallel_size} * pipeline_parallel_size={p.pipeline_parallel_size} = {expert_ranks}")
-    if p.virtual_pipeline_size > 1 and p.pipeline_parallel_size == 1:
-        yield f"parallel.virtual_pipeline_size={p.virtual_pipeline_size} needs parallel.pipeline_parallel_size above 1; set it to 1"
+    yield from _virtual_problems(p)
     engine = config.rollout.tensor_parallel_size
     if config.rollout.engine == "vllm" and world_size % engine:
         yield (f"world size {world_size} must be divisible by rollout.tensor_parallel_size={engine}: "
                "the engine's replicas share out all ranks")
+
+
+def _virtual_problems(parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.virtual_pipeline_size > 1 and parallel.pipeline_parallel_size == 1:
+        yield f"parallel.virtual_pipeline_size={parallel.virtual_pipeline_size} needs parallel.pipeline_parallel_size above 1; set it to 1"
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -157,8 +181,8 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
                f"data-parallel size {replicas} (world size {world_size} / {_model_ranks(config)})")
 
 
-def _trainer_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[str]:
-    tp = config.parallel.tensor_parallel_size
+def _trainer_problems(parallel: ParallelConfig, model: Mapping[str, Any]) -> Iterator[str]:
+    tp = parallel.tensor_parallel_size
     # Megatron also takes a TP size that is a multiple of the key/value heads, and replicates them: not in this version.
     for key, what in (("num_attention_heads", "attention heads"), ("num_key_value_heads", "key/value heads"),
                       ("hidden_size", "hidden size"), ("intermediate_size", "feed-forward width")):
@@ -167,11 +191,10 @@ def _trainer_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[s
     heads, groups = model["num_attention_heads"], model["num_key_value_heads"]
     if heads % groups:
         yield f"the model's num_attention_heads={heads} must be divisible by num_key_value_heads={groups}"
-    yield from _stage_problems(config, model["num_hidden_layers"])
+    yield from _stage_problems(parallel, model["num_hidden_layers"])
 
 
-def _stage_problems(config: RunConfig, layers: int) -> Iterator[str]:
-    parallel = config.parallel
+def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[str]:
     pp, vpp, given = parallel.pipeline_parallel_size, parallel.virtual_pipeline_size, parallel.pipeline_layers
     if given is None:
         if layers < pp * vpp:
@@ -182,8 +205,8 @@ def _stage_problems(config: RunConfig, layers: int) -> Iterator[str]:
                f"virtual_pipeline_size={vpp}) that sum to the model's num_hidden_layers={layers}; it names {len(given)} with the sum {sum(given)}")
 
 
-def _expert_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
-    ep, etp = config.parallel.expert_parallel_size, config.parallel.expert_tensor_parallel_size
+def _expert_problems(parallel: ParallelConfig, model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
+    ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
     if not moe:
         for key, size in (("expert_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
             if size > 1:
@@ -256,8 +279,8 @@ def _model_file_problems(config: RunConfig) -> Iterator[str]:
             yield f"model.path: {folder / 'config.json'} is not valid JSON: {error}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield f"model.path: no tokenizer in {folder} (looked for {', '.join(TOKENIZER_FILES)})"
-    if not any(folder.glob("*.safetensors")):
-        yield f"model.path: no weights in {folder} (looked for *.safetensors)"
+    if not any(folder.glob("*.safetensors")) and not (folder / "manifest.json").is_file():
+        yield f"model.path: no weights in {folder} (looked for *.safetensors, and for a checkpoint's manifest.json)"
 
 
 def _package_problems(config: RunConfig) -> Iterator[str]:

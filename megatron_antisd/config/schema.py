@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str
-    """Directory of a Hugging Face checkpoint (config.json, safetensors, tokenizer)."""
+    """Directory of a Hugging Face checkpoint (config.json, safetensors, tokenizer), or of one of this project's checkpoints."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of trainer and engine. Main weights, gradients and log-probs are fp32 in any case."""
     spec: Literal["local", "te"] = "local"

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,71 +13,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_antisd.config import ConfigError, ModelConfig, ParallelConfig
-from megatron_antisd.models import olmo3, qwen3, transformer_engine
+from megatron_antisd.config import ModelConfig, ParallelConfig
+from megatron_antisd.models import transformer_engine
 from megatron_antisd.models.attention import PackedAttention, PackedRotary
+from megatron_antisd.models.description import FAMILIES, ModelDescription, describe
 from megatron_antisd.models.experts import Experts
 from megatron_antisd.models.norm import TorchRMSNorm
-from megatron_antisd.models.rotary import frequencies, rope_parameters
-from megatron_antisd.models.sizes import Sizes
-from megatron_antisd.models.weight_map import Entry, Geometry, Layout, Weight, entries
+from megatron_antisd.models.rotary import frequencies
 
-FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3, "qwen3_moe": qwen3, "olmo3": olmo3}
-"""model_type -> the page with its `fields`, `weights` and, where the layer is not Qwen3's, `specialise`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDescription:
-    """What a checkpoint directory says of its model, without weights."""
-
-    hf: dict[str, Any]
-    """The parsed config.json."""
-    sizes: Sizes
-    weights: tuple[Weight, ...]
-    geometry: Geometry
-    tied: bool
-    rope: dict[str, dict[str, Any]]
-    """Kind of layer -> rotary parameters, as transformers names them."""
-
-    @property
-    def layers(self) -> int:
-        return self.sizes.layers
-
-    @property
-    def experts(self) -> int | None:
-        return self.sizes.experts
-
-    def entries(self) -> Iterator[Entry]:
-        """Every parameter of the whole model."""
-        return entries(self.weights, self.layers, self.experts)
-
-    def embedding(self) -> Entry:
-        return next(entry for entry in self.entries() if entry.weight.layout is Layout.VOCAB)
-
-    def parameters(self) -> int:
-        """How many numbers the model has, tied ones once."""
-        return sum(math.prod(shape) for entry in self.entries() for shape in entry.huggingface.values())
-
-
-def describe(model_dir: str | Path, tensor_parallel_size: int) -> ModelDescription:
-    """Read `config.json`. Raises ConfigError when the family is not supported."""
-    path = Path(model_dir) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"model.path: no config.json in {model_dir}; expected a Hugging Face checkpoint directory")
-    hf = json.loads(path.read_text())
-    family = FAMILIES.get(hf.get("model_type", ""))
-    if family is None:
-        raise ConfigError(f"model.path: model_type {hf.get('model_type')!r} is not supported; supported are {sorted(FAMILIES)}")
-    sizes = Sizes.of(hf)
-    return ModelDescription(
-        hf=hf,
-        sizes=sizes,
-        weights=family.weights(hf),
-        geometry=Geometry(groups=sizes.groups, head_dim=sizes.head_dim, vocab_size=sizes.vocab,
-                          padded_vocab_size=sizes.vocab + -sizes.vocab % tensor_parallel_size),
-        tied=bool(hf.get("tie_word_embeddings", False)),
-        rope=rope_parameters(hf),
-    )
+__all__ = ["FAMILIES", "ModelDescription", "PolicyModel", "build_model", "describe", "local_layer_spec", "transformer_config"]
 
 
 class PolicyModel(GPTModel):

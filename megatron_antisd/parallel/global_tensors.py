@@ -70,8 +70,8 @@ def place_shard(
     """`tensor`: contiguous, the elements of a shard of `shape` (one or two dimensions) from flat position `start` on.
     `rank` of `size`: the shard's place among the tensor-parallel ranks. Padding of the vocabulary is left out."""
     flat = tensor.view(-1)
-    rows, columns = shape if len(shape) == 2 else (1, *shape)
-    (global_rows, global_columns), bands = _bands(layout, rows, columns, rank, size, vocab_size)
+    rows, columns = shape if len(shape) == 2 else (*shape, 1)
+    global_shape, bands = _bands(layout, rows, columns, rank, size, vocab_size)
     pieces: dict[torch.Size, torch.Tensor] = {}
     for top, bottom, left, right in _rectangles(start, start + flat.numel(), columns):
         for band in bands:
@@ -82,8 +82,8 @@ def place_shard(
             height, width = last - first, right - left
             offset = (band.global_row + first - band.first, band.global_column + left)
             piece = flat[begin : begin + height * width]
-            pieces[torch.Size(offset[2 - len(shape) :])] = piece.view(height, width) if len(shape) == 2 else piece
-    return GlobalTensor(shape=torch.Size((global_rows, global_columns)[2 - len(shape) :]), pieces=pieces)
+            pieces[torch.Size(offset[: len(shape)])] = piece.view(height, width) if len(shape) == 2 else piece
+    return GlobalTensor(shape=torch.Size(global_shape[: len(shape)]), pieces=pieces)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_antisd.models import transformer_engine
 from megatron_antisd.models.build import ModelDescription, PolicyModel
+from megatron_antisd.models.huggingface import HuggingfaceCheckpoint, copy_model_files, shard_name, write_index
 from megatron_antisd.models.weight_map import Entry, Layout, Weight, merge, split
 from megatron_antisd.parallel.layout import ProcessLayout
 
@@ -78,13 +77,18 @@ def global_expert(local: int | None, description: ModelDescription, layout: Proc
 
 
 def load_huggingface(chunks: Sequence[PolicyModel], description: ModelDescription, layout: ProcessLayout, model_dir: str | Path) -> None:
-    """Fill this rank's parameters from safetensors. Raises ValueError naming a tensor that is missing or of another shape."""
-    reader = _Reader(Path(model_dir))
+    """Fill this rank's parameters from safetensors. Raises ConfigError, before anything is loaded, where they are not the described model's."""
+    reader = HuggingfaceCheckpoint(model_dir)
+    reader.check(description)
 
     def fill(parameter: torch.nn.Parameter, entry: Entry) -> None:
         rank, size = tensor_place(entry.weight, layout)
         full = [reader.read(name) for name in entry.huggingface]
-        _fill(parameter, split(entry.weight.layout, full, rank, size, description.geometry), tuple(entry.huggingface))
+        value = split(entry.weight.layout, full, rank, size, description.geometry)
+        if parameter.shape != value.shape:
+            raise RuntimeError(f"{entry.name} has the shape {tuple(parameter.shape)}, its row in the weight table gives {tuple(value.shape)}")
+        with torch.no_grad():
+            parameter.copy_(value)
 
     for sharded, parameter in local_weights(chunks, description, layout):
         fill(parameter, sharded.entry(global_expert(sharded.local_expert, description, layout)))
@@ -196,15 +200,11 @@ def save_huggingface(stream: Iterable[tuple[str, torch.Tensor]], source: str | P
         shard[name] = tensor.cpu().contiguous().clone()
         size, total = size + tensor.nbytes, total + tensor.nbytes
     files.append(_write_shard(work, len(files), shard))
-    weight_map = {}
-    for number, names in enumerate(files):
-        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        (work / f"shard-{number}").rename(work / final)
-        weight_map |= dict.fromkeys(names, final)
-    (work / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
-    for file in Path(source).iterdir():
-        if file.is_file() and ".safetensors" not in file.name:
-            shutil.copy(file, work / file.name)
+    named = {shard_name(number, len(files)): names for number, names in enumerate(files, start=1)}
+    for number, name in enumerate(named):
+        (work / f"shard-{number}").rename(work / name)
+    write_index(work, named, total)
+    copy_model_files(Path(source), work)
     if directory.exists():
         shutil.rmtree(directory)
     work.rename(directory)
@@ -246,36 +246,3 @@ def _shard_count(entry: ShardedWeight, layout: ProcessLayout) -> int:
 def tensor_place(weight: Weight, layout: ProcessLayout) -> tuple[int, int]:
     """(rank, size) among the ranks that a weight is divided over here."""
     return (layout.expert_tensor_rank, layout.expert_tensor_size) if weight.expert else (layout.tensor_rank, layout.tensor_size)
-
-
-def _fill(parameter: torch.nn.Parameter, value: torch.Tensor, names: tuple[str, ...]) -> None:
-    if parameter.shape != value.shape:
-        raise ValueError(f"{', '.join(names)} gives a shard of shape {tuple(value.shape)}, the model expects {tuple(parameter.shape)}: "
-                         "the weights are those of another model than config.json describes")
-    with torch.no_grad():
-        parameter.copy_(value)
-
-
-class _Reader:
-    """Tensors by name out of one or many safetensors files."""
-
-    def __init__(self, directory: Path) -> None:
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = json.loads(index.read_text())["weight_map"]
-        else:
-            single = directory / "model.safetensors"
-            if not single.is_file():
-                raise ValueError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
-            with safe_open(single, framework="pt") as handle:
-                files = dict.fromkeys(handle.keys(), single.name)
-        self.directory, self.files = directory, files
-        self._open: dict[str, safe_open] = {}
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.files:
-            raise ValueError(f"{self.directory} has no tensor {name!r}; it is a checkpoint of another model than its config.json describes")
-        file = self.files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self.directory / file, framework="pt")
-        return self._open[file].get_tensor(name)

@@ -22,8 +22,9 @@ from megatron_antisd.models.attention import PackedSequences
 from megatron_antisd.models.build import ModelDescription, build_model
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
-from megatron_antisd.parallel.reshard import WeightStream, load_huggingface
+from megatron_antisd.parallel.reshard import WeightStream
 from megatron_antisd.parallel.rows import Row, RowPlan, lone_filler, lone_row, plan_rows
+from megatron_antisd.parallel.stored_weights import load_model_weights
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
 
@@ -35,7 +36,7 @@ class Trainer:
         self.config, self.layout, self.description = config, layout, description
         self.chunks = build_model(description, config.model, config.parallel)
         """This rank's parts of the model: one, or several virtual pipeline stages."""
-        load_huggingface(self.chunks, description, layout, config.model.path)
+        load_model_weights(self.chunks, description, layout, config.model.path)
         model_config = self.chunks[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer, overlap_grad_reduce=False)

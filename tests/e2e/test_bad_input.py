@@ -162,7 +162,7 @@ def test_checkpoints_of_another_model_are_refused_and_kept(world: World, tmp_pat
     assert contents(directory) == kept
     shutil.copy(other.checkpoint / "model.safetensors", world.checkpoint / "model.safetensors")
     done = launch(1, "-m", "megatron_antisd.train", tmp_path / "config.yaml", "checkpoint.resume=false")
-    assert done.returncode != 0 and "the weights are those of another model than config.json describes" in done.stdout
+    assert done.returncode != 0 and "are not those of the model that its config.json describes" in done.stdout
     assert contents(directory) == kept
 
 

@@ -105,7 +105,14 @@ def test_manifest_says_what_wrote_it(runs: Runs) -> None:
     manifest = json.loads((directory / "step_000004" / "manifest.json").read_text())
     assert (manifest["step"], manifest["optimizer_step"], manifest["method"]) == (4, 4, "antisd")
     assert manifest["layout"]["tensor_parallel_size"] == manifest["layout"]["world_size"] == 2
-    assert manifest["model"]["experts"] == 4
+    assert (manifest["model"]["experts"], manifest["dtype"]) == (4, "float32")
+
+
+def test_a_checkpoint_is_a_model_directory(runs: Runs) -> None:
+    directory, _ = runs.whole("tp2-ep2")
+    for name in ("config.json", "generation_config.json"):
+        assert (directory / "step_000004" / name).read_bytes() == (runs.models["moe"] / name).read_bytes()
+    assert not list((directory / "step_000004").glob("*.safetensors"))
 
 
 @pytest.mark.slow
@@ -166,3 +173,17 @@ def test_pieces_of_a_vector() -> None:
     placed = place_shard(vector[2:7], 2, (9,), Layout.REPLICATED, 1, 2, 11)
     assert placed.size() == (9,)
     assert {tuple(k): v.tolist() for k, v in placed.pieces.items()} == {(2,): [2.0, 3.0, 4.0, 5.0, 6.0]}
+
+
+def test_pieces_of_a_divided_vector() -> None:
+    """OLMo-3's query and key norms: each tensor-parallel rank has its part of one global vector."""
+    from megatron_antisd.parallel.global_tensors import place_shard
+
+    rebuilt = torch.full((8,), torch.nan)
+    for rank, shard in enumerate(torch.arange(8.0).chunk(2)):
+        for start, stop in ((0, 1), (1, 4)):
+            placed = place_shard(shard[start:stop], start, (4,), Layout.COLUMN, rank, 2, 11)
+            assert placed.size() == (8,)
+            for (offset,), piece in placed.pieces.items():
+                rebuilt[offset : offset + len(piece)] = piece
+    assert rebuilt.tolist() == list(range(8))

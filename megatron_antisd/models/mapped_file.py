@@ -1,0 +1,25 @@
+"""Tensors that are views of a file: nothing is read before it is used, and the system may drop what was read again."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+
+
+class MappedFile:
+    """A file in memory. Private: what is written into its tensors never reaches the file."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            self._map.madvise(mmap.MADV_SEQUENTIAL)
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> torch.Tensor:
+        """The tensor whose bytes begin at `start`. Its storage is these bytes alone; they may stand at an odd address."""
+        return torch.frombuffer(self._map, dtype=dtype, count=torch.Size(shape).numel(), offset=start).view(shape)
+
+    def bytes(self, start: int, count: int) -> memoryview:
+        return memoryview(self._map)[start : start + count]
