@@ -78,7 +78,7 @@ def _run(given: argparse.Namespace, convert: Callable[[], Result]) -> int:
         result = convert()
     except (ConvertError, ConfigError) as error:
         if main:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", " ".join(str(error).replace("model.path: ", "").split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {given.output}.incomplete", file=sys.stderr)

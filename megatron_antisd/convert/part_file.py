@@ -16,7 +16,8 @@ class PartFile:
     """Enough of a file for torch.save. A write that fails is kept in `failure`: torch reports it as something else."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
-        self.path, self.failure = path, None
+        self.path = path
+        self.failure: BaseException | None = None
         self._file = path.open("wb", buffering=1 << 20)
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(max_workers=1)
@@ -27,7 +28,7 @@ class PartFile:
         try:
             for start in range(0, len(view), _SLICE):
                 self._write_slice(view[start : start + _SLICE])
-        except OSError as error:
+        except BaseException as error:
             self.failure = error
             raise
         return len(view)

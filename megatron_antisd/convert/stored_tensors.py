@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_antisd.convert.part_file import PartFile
 from megatron_antisd.convert.ranks import ConvertError
+from megatron_antisd.models.huggingface import OPEN_FILES
 from megatron_antisd.models.mapped_file import MappedFile
 from megatron_antisd.models.weight_map import Shape
 
 SLICE_BYTES = 16 << 20
 _LOCAL_HEADER = 30
-_KEPT = 256  # places of rectangles; those of one tensor are asked for again and again
+_KEPT = 32  # places of rectangles; those of one tensor are asked for again and again
 
 
 class StoredTensors:
@@ -47,7 +48,7 @@ class StoredTensors:
             raise ConvertError(f"{directory / '.metadata'} cannot be read ({type(error).__name__}: {error}); the checkpoint is damaged") from error
         self._tensors: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata
         self._places: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._mapped, self._piece = cache(MappedFile), lru_cache(_KEPT)(self._find_piece)
+        self._mapped, self._piece = lru_cache(OPEN_FILES)(MappedFile), lru_cache(_KEPT)(self._find_piece)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

@@ -46,7 +46,7 @@ def convert_to_huggingface(checkpoint: str | Path, output: str | Path, hf_model:
     """Write `output` from a checkpoint, or from the newest whole one of a run. `hf_model`: the folder to take configuration and tokenizer from,
     where it is not the checkpoint itself. `dtype` None keeps the model's."""
     folder = None if hf_model is None else Path(hf_model)
-    return run_conversion(lambda: ToHuggingface(find_checkpoint(Path(checkpoint)), folder, dtype, bucket_bytes, verify=verify), Path(output),
+    return run_conversion(lambda: ToHuggingface(find_checkpoint(Path(checkpoint)), folder, dtype, bucket_bytes), Path(output),
                           verify=verify)
 
 
@@ -66,7 +66,7 @@ def find_checkpoint(path: Path) -> Path:
 class ToHuggingface:
     """Planned from the manifest and the tensors' metadata. Raises ConvertError, CheckpointError or ConfigError for a checkpoint that will not do."""
 
-    def __init__(self, source: Path, hf_model: Path | None, dtype: torch.dtype | None, bucket_bytes: int, *, verify: bool) -> None:
+    def __init__(self, source: Path, hf_model: Path | None, dtype: torch.dtype | None, bucket_bytes: int) -> None:
         self._manifest = read_manifest(source)
         self.model_files = hf_model or source
         if not (self.model_files / "config.json").is_file():
@@ -75,8 +75,7 @@ class ToHuggingface:
         self._description = describe(self.model_files, 1)
         if hf_model is not None and ("model" in self._manifest or (source / "config.json").is_file()):
             check_model(source, self._manifest, self._description)
-        if verify:
-            check_checksums(source, self._manifest.get("sha256", {}))
+        self.source_checksums = {source / name: checksum for name, checksum in self._manifest.get("sha256", {}).items()}
         self._folder, self._written = source / "tensors", cache(HuggingfaceCheckpoint)
         self._dtype = dtype or self._recorded_dtype(source)
         self._check()

@@ -21,7 +21,7 @@ from megatron_antisd.convert.workspace import Part, fingerprint, plan_parts
 from megatron_antisd.models.description import describe
 from megatron_antisd.models.huggingface import HuggingfaceCheckpoint, copy_model_files, model_files
 from megatron_antisd.models.weight_map import Entry, Layout
-from megatron_antisd.parallel.checkpoint_files import FORMAT, WEIGHTS_ONLY, write_json
+from megatron_antisd.parallel.checkpoint_files import FORMAT, WEIGHTS_ONLY, is_checkpoint, write_json
 from megatron_antisd.parallel.global_tensors import place_shard
 
 FOLDER = "tensors"
@@ -37,7 +37,9 @@ class ToMegatron:
     """Planned from config.json and the safetensors headers. Raises ConfigError or ConvertError for a source or a layout that will not do."""
 
     def __init__(self, source: Path, parallel: ParallelConfig, bucket_bytes: int) -> None:
-        self.model_files, self._parallel = source, parallel
+        if is_checkpoint(source):
+            raise ConvertError(f"{source} is a checkpoint of this project already; tools/convert_megatron_to_hf.py reads it")
+        self.model_files, self._parallel, self.source_checksums = source, parallel, {}
         self._description = describe(source, parallel.tensor_parallel_size)
         self._unpadded = describe(source, 1).geometry
         check_model(parallel, self._description.hf)

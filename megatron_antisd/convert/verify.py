@@ -17,6 +17,10 @@ from megatron_antisd.models.huggingface import HuggingfaceCheckpoint, same_bytes
 Advance = Callable[[int], None]
 
 
+class Difference(ConvertError):
+    """The output is not what was to be written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compared:
     """What was found equal."""
@@ -24,25 +28,27 @@ class Compared:
     tensors: int = 0
     """Hugging Face tensors."""
     nbytes: int = 0
+    difference: str = ""
+    """What was not."""
 
     def __add__(self, other: Compared) -> Compared:
-        return Compared(tensors=self.tensors + other.tensors, nbytes=self.nbytes + other.nbytes)
+        return Compared(tensors=self.tensors + other.tensors, nbytes=self.nbytes + other.nbytes, difference=self.difference or other.difference)
 
 
 def compare(entries: Iterable[EntryRows], hf: HuggingfaceCheckpoint, stored: StoredTensors, dtype: torch.dtype | None, advance: Advance) -> Compared:
-    """Hold the Hugging Face tensors against the checkpoint's, cast to `dtype` (None: as they are). Raises ConvertError for the first difference."""
+    """Hold the Hugging Face tensors against the checkpoint's, cast to `dtype` (None: as they are). Raises Difference."""
     tensors = nbytes = 0
     for rows in entries:
         for name, runs in zip(rows.entry.huggingface, rows.destinations(), strict=True):
             target = dtype or stored.dtype(rows.entry.name)
             if hf.dtype(name) != target:
-                raise ConvertError(f"verification: {name} has dtype {hf.dtype(name)}, expected {target}")
+                raise Difference(f"verification: {name} has dtype {hf.dtype(name)}, expected {target}")
             row = 0
             for run in runs:
                 for piece in stored.slices(rows.entry.name, run.first, run.count):
                     theirs = hf.rows(name, row, len(piece))
                     if not same_bytes(piece.to(target), theirs):
-                        raise ConvertError(f"verification: {name} differs in rows {row} to {row + len(piece) - 1}; the output is thrown away")
+                        raise Difference(f"verification: {name} differs in rows {row} to {row + len(piece) - 1}; the output is thrown away")
                     row += len(piece)
                     advance(theirs.nbytes)
             tensors, nbytes = tensors + 1, nbytes + hf.tensors[name].nbytes
@@ -55,7 +61,7 @@ def sha256(path: Path) -> str:
 
 
 def check_checksums(directory: Path, expected: Mapping[str, str]) -> None:
-    """Raises ConvertError for a file whose bytes are others than when it was written."""
+    """Raises Difference for a file whose bytes are others than when it was written."""
     for name, checksum in expected.items():
         if (found := sha256(directory / name)) != checksum:
-            raise ConvertError(f"{directory / name} is damaged: its SHA-256 is {found}, the manifest says {checksum}")
+            raise Difference(f"{directory / name} is damaged: its SHA-256 is {found}, the manifest says {checksum}")

@@ -3,6 +3,7 @@ name. The same command goes on behind the last finished part."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_antisd.config.rules import TOKENIZER_FILES
 from megatron_antisd.convert.part_file import Finisher, PartFile
@@ -67,20 +68,23 @@ class Workspace:
     def __init__(self, output: Path, parts: Sequence[Part], ranks: Ranks, say: Callable[[str], None]) -> None:
         self.output, self.parts, self.ranks, self.say = output, parts, ranks, say
         self.directory = output.with_name(f"{output.name}.incomplete")
+        self._lock: TextIO | None = None
 
     def prepare(self, plan: str) -> None:
         """Keep what an earlier attempt at the same conversion finished. Raises ConvertError where the disk has too little room."""
         require_free(self.output)
         records = self.directory / _RECORDS
         if self.directory.exists():
-            if not (records / _PLAN).is_file():
+            if not records.is_dir():
                 raise ConvertError(f"{self.directory} exists and is not an unfinished conversion; move it away")
-            if read_json(records / _PLAN) != plan:
+            self._take_lock()
+            if self._plan() != plan:
                 self.say(f"{self.directory} is of another conversion (other source, flags or bucket): it is thrown away")
-                shutil.rmtree(self.directory)
+                self.discard()
         if not self.directory.exists():
             records.mkdir(parents=True)
-            write_json(records / _PLAN, plan)
+            self._take_lock()
+            self._write_whole(records / _PLAN, plan)
         done = [part for part in self.parts if self._record(part) is not None]
         if done:
             self.say(f"resuming: {len(done)} of {len(self.parts)} parts are there")
@@ -88,7 +92,7 @@ class Workspace:
         free = shutil.disk_usage(self.directory).free
         if needed > free:
             if not done:
-                shutil.rmtree(self.directory)
+                self.discard()
             raise ConvertError(f"not enough room for {self.output}: {needed} bytes are needed, {free} are free; make room or name another --output")
 
     def convert(self, write: Callable[[Part, PartFile], dict[str, Any]], progress: Progress) -> list[dict[str, Any]]:
@@ -109,16 +113,44 @@ class Workspace:
         """Give the output its name; `files` are those written beside the parts."""
         for file in files:
             sync(file)
-        shutil.rmtree(self.directory / _RECORDS)
         for folder in (*(path for path in self.directory.iterdir() if path.is_dir()), self.directory):
             sync(folder)
         require_free(self.output)
         self.directory.rename(self.output)
         sync(self.output.parent)
+        shutil.rmtree(self.output / _RECORDS)
 
     def discard(self) -> None:
-        """Throw away what turned out wrong."""
-        shutil.rmtree(self.directory)
+        """Throw away what turned out wrong. The name goes first: what is half deleted is never taken for an unfinished conversion."""
+        doomed = self.directory.with_name(f"{self.directory.name}.deleted")
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        self.directory.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def release(self) -> None:
+        """Let another process go on where this one ends."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_lock(self) -> None:
+        """Two processes would write into the same files."""
+        self._lock = (self.directory / _RECORDS / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConvertError(f"another process is writing to {self.directory}; wait for it, or end it") from error
+
+    def _plan(self) -> str | None:
+        try:
+            return read_json(self.directory / _RECORDS / _PLAN)
+        except (FileNotFoundError, ValueError):
+            return None  # cut short while it was begun
+
+    @staticmethod
+    def _write_whole(path: Path, value: Any) -> None:
+        write_json(path.with_suffix(".tmp"), value)
+        path.with_suffix(".tmp").rename(path)
 
     def _write(self, part: Part, write: Callable[[Part, PartFile], dict[str, Any]], progress: Progress, finisher: Finisher) -> int:
         path = self.directory / part.file
@@ -128,9 +160,9 @@ class Workspace:
             record = write(part, file)
         except (OSError, RuntimeError) as error:
             file.abandon()
-            if file.failure is not None:
+            if isinstance(file.failure, OSError):
                 raise self._cannot_write(file.failure) from error
-            raise
+            raise error if file.failure is None else file.failure from error  # torch tells an interrupted write as an error of its own
         finisher.start(lambda: self._finish(part, file, record))
         return part.nbytes
 
@@ -138,8 +170,7 @@ class Workspace:
         path = self._record_path(part)
         try:
             size, sha256 = file.finish()
-            write_json(path.with_suffix(".tmp"), {"file": part.file, "size": size, "sha256": sha256, **record})
-            path.with_suffix(".tmp").rename(path)
+            self._write_whole(path, {"file": part.file, "size": size, "sha256": sha256, **record})
         except OSError as error:
             raise self._cannot_write(error) from error
 

@@ -94,13 +94,19 @@ def describe(model_dir: str | Path, tensor_parallel_size: int) -> ModelDescripti
         hf = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"model.path: {path} is not valid JSON: {error}") from error
+    if not isinstance(hf, dict):
+        raise ConfigError(f"model.path: {path} holds a {type(hf).__name__}, expected an object of settings")
     if hf.get("model_type") not in FAMILIES:
         raise ConfigError(f"model.path: model_type {hf.get('model_type')!r} is not supported; supported are {sorted(FAMILIES)}")
-    sizes = Sizes.of(hf)
+    try:
+        sizes = Sizes.of(hf)
+        weights = FAMILIES[hf["model_type"]].weights(hf)
+    except KeyError as error:
+        raise ConfigError(f"model.path: {path} lacks {error}, which a {hf['model_type']} model needs") from error
     return ModelDescription(
         hf=hf,
         sizes=sizes,
-        weights=FAMILIES[hf["model_type"]].weights(hf),
+        weights=weights,
         geometry=Geometry(groups=sizes.groups, head_dim=sizes.head_dim, vocab_size=sizes.vocab,
                           padded_vocab_size=sizes.vocab + -sizes.vocab % tensor_parallel_size),
         tied=bool(hf.get("tie_word_embeddings", False)),

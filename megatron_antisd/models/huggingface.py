@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ CHECKPOINT_FILES = {"manifest.json", "state.json"}
 _MAX_HEADER = 100_000_000  # safetensors' own bound
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _SHOWN = 10
+OPEN_FILES = 8
+"""Files mapped at once: each holds a file handle, of which a process has a thousand or so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,11 @@ class HuggingfaceCheckpoint:
             if absent:
                 raise ConfigError(f"{self.directory / INDEX} says that {file.name} holds {some(absent)}; it does not: index and files do not belong "
                                   "together, download both again")
+            if named and (unnamed := [name for name in found if name not in set(named)]):
+                raise ConfigError(f"{file} holds {some(unnamed)}, which {INDEX} says are elsewhere or does not name; remove the stale file, or write "
+                                  "the index anew")
             self.tensors |= found
-        self._mapped = cache(MappedFile)
+        self._mapped = lru_cache(OPEN_FILES)(MappedFile)
 
     def check(self, description: ModelDescription) -> None:
         """Hold names, shapes and dtypes against config.json. Raises ConfigError that lists all differences."""
@@ -150,8 +155,8 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
                               "(transformers' save_pretrained does)")
         return {directory / SINGLE: []}
     try:
-        places = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{index} is no index of safetensors files ({type(error).__name__}: {error}); download it again") from error
     files: dict[Path, list[str]] = {}
     for name, file in places.items():

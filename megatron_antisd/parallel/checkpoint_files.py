@@ -64,8 +64,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if fault is not None:
         raise CheckpointError(f"{path} is not a whole checkpoint: {fault}; take another one, such as the step before it")
     manifest = read_json(path / "manifest.json")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}, this version reads format {FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')}, this version reads format {FORMAT}")
     return manifest
 
 
@@ -121,8 +121,8 @@ def _fault(path: Path) -> str | None:
     if not (path / "manifest.json").is_file():
         return "it has no manifest.json"
     try:
-        files = read_json(path / "manifest.json")["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        files = dict(read_json(path / "manifest.json")["files"])
+    except (ValueError, KeyError, TypeError) as error:
         return f"its manifest.json cannot be read ({type(error).__name__}: {error})"
     for name, size in files.items():
         if not (path / name).is_file():

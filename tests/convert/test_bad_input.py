@@ -14,12 +14,13 @@ import pytest
 import torch
 from convert.models import SMALL_BUCKET, change, make, shard, tensors
 from distributed import run_ranks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_antisd.config import ParallelConfig
+from megatron_antisd.convert.part_file import PartFile
 from megatron_antisd.convert.ranks import ConvertError
 from megatron_antisd.convert.to_huggingface import convert_to_huggingface
-from megatron_antisd.convert.to_megatron import convert_to_megatron
+from megatron_antisd.convert.to_megatron import ToMegatron, convert_to_megatron
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +82,31 @@ def wrong_index(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def stale_shard(model: Path) -> None:
+    shard(model, 2)
+    second = model / "model-00002-of-00002.safetensors"
+    save_file({**load_file(second), "model.embed_tokens.weight": torch.ones(61, 64)}, second)
+
+
+def index_without_map(model: Path) -> None:
+    shard(model, 2)
+    (model / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+
+
+def config_of_nothing(model: Path) -> None:
+    (model / "config.json").write_text("[]")
+
+
+def config_without_sizes(model: Path) -> None:
+    fields = json.loads((model / "config.json").read_text())
+    del fields["intermediate_size"]
+    (model / "config.json").write_text(json.dumps(fields))
+
+
+def a_checkpoint(model: Path) -> None:
+    (model / "manifest.json").write_text("{}")
+
+
 def broken_index(model: Path) -> None:
     shard(model, 2)
     (model / "model.safetensors.index.json").write_text("{")
@@ -131,6 +157,11 @@ CASES: list[tuple[Callable[[Path], None], list[str]]] = [
     (too_long, ["model.safetensors has bytes behind its last tensor: ", "bytes, expected "]),
     (missing_shard, ["lacks 1 of the 3 files", "model-00002-of-00003.safetensors ("]),
     (wrong_index, ["says that model-00001-of-00002.safetensors holds model.layers.0.mlp.other; it does not"]),
+    (stale_shard, ["model-00002-of-00002.safetensors holds model.embed_tokens.weight, which model.safetensors.index.json says"]),
+    (index_without_map, ["model.safetensors.index.json is no index of safetensors files (TypeError"]),
+    (config_of_nothing, ["config.json holds a list, expected an object"]),
+    (config_without_sizes, ["config.json lacks 'intermediate_size', which a qwen3 model needs"]),
+    (a_checkpoint, ["is a checkpoint of this project already; tools/convert_megatron_to_hf.py reads it"]),
     (broken_index, ["model.safetensors.index.json is no index of safetensors files (JSONDecodeError"]),
     (pointer, ["is a Git LFS pointer", "git lfs pull"]),
     (something_else, ["model.safetensors is not a safetensors file (256 bytes)"]),
@@ -340,7 +371,7 @@ def test_command_says_it_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, ROOT / "tools/convert_hf_to_megatron.py", "--hf-model", tmp_path / "nowhere", "--output", tmp_path / "x"],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("error: model.path: no config.json in ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no config.json in ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -352,6 +383,63 @@ def test_what_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="could not write to .*File too large"):
         run_ranks(script, 2, "--hf-model", str(model), "--output", str(tmp_path / "output"), "--bucket-mib", "1", timeout=120)
     assert not (tmp_path / "output").exists()
+
+
+def test_a_second_process_is_told_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("dense", tmp_path / "model")
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(ConvertError, match="another process is writing to .*output.incomplete"):
+            convert_to_megatron(model, tmp_path / "output")
+        raise ConvertError("the first one ends")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToMegatron, "finish", meanwhile)
+        with pytest.raises(ConvertError, match="the first one ends"):
+            convert_to_megatron(model, tmp_path / "output")
+    convert_to_megatron(model, tmp_path / "output", verify=True)
+
+
+@pytest.mark.parametrize("torn", ["", "{"])
+def test_a_beginning_that_was_cut_short_is_begun_again(tmp_path: Path, torn: str) -> None:
+    model = make("dense", tmp_path / "model")
+    (tmp_path / "output.incomplete" / "conversion").mkdir(parents=True)
+    (tmp_path / "output.incomplete" / "conversion" / "plan.json").write_text(torn)
+    convert_to_megatron(model, tmp_path / "output", verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "output"]
+    assert not (tmp_path / "output" / "conversion").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"files": []}', '{"files": 3}', '{"files": {}}'])
+def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "manifest.json").write_text(text)
+    with pytest.raises(ConvertError, match="is not a whole checkpoint: its manifest.json cannot be read|has format None"):
+        convert_to_huggingface(tmp_path / "checkpoint", tmp_path / "output")
+
+
+def test_an_interrupted_write_stays_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save turns it into an error of its own."""
+    model = make("dense", tmp_path / "model")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartFile, "_write_slice", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_megatron(model, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+def test_few_file_handles_are_enough(tmp_path: Path) -> None:
+    """Many more parts than a process may have files open, verified."""
+    model = make("moe", tmp_path / "model")
+    limited = ("import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (72, 72)); "
+               "from megatron_antisd.convert.to_megatron import convert_to_megatron as c; "
+               "print(c(sys.argv[1], sys.argv[2], verify=True, bucket_bytes=1 << 9).parts)")
+    done = subprocess.run([sys.executable, "-c", limited, str(model), str(tmp_path / "output")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1]) > 50
 
 
 def test_a_file_that_repeats_a_tensors_bytes(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_ranks
+from safetensors.torch import load_file
 from tiny import make_checkpoint
 
+from megatron_antisd.convert.to_huggingface import convert_to_huggingface
 from megatron_antisd.models.weight_map import Geometry, Layout, merge, split
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
@@ -122,6 +124,18 @@ def test_a_checkpoint_is_a_model_directory(runs: Runs) -> None:
 def test_resume_is_bitwise_exact_elsewhere(runs: Runs, layout: str, kind: str, dtype: str) -> None:
     directory, whole = runs.whole(layout, kind, dtype)
     assert_exact(whole, runs.resumed(layout, directory, kind, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "kind"), [("tp2-etp2", "moe"), ("dp2", "moe"), ("pp2", "dense")])
+def test_a_bf16_runs_checkpoint_becomes_what_the_trainer_exports(runs: Runs, tmp_path: Path, layout: str, kind: str) -> None:
+    """Stored are the fp32 main weights; the model's are their rounding."""
+    directory, whole = runs.whole(layout, kind, "bfloat16")
+    convert_to_huggingface(directory / f"step_{STEPS:06d}", tmp_path / "hf", runs.models[kind])
+    found = {name: tensor for file in (tmp_path / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert found.keys() == whole["final"].keys()
+    for name, tensor in whole["final"].items():
+        assert found[name].dtype == tensor.dtype == torch.bfloat16 and torch.equal(found[name], tensor), name
 
 
 @pytest.mark.slow
