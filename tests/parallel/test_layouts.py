@@ -174,6 +174,19 @@ def test_layout_equals_one_rank(references: dict, tmp_path: Path, name: str) -> 
     assert result["padding"] < (0.15 if "cp" in name or "vpp" in name else 0.02)
 
 
+@pytest.mark.slow
+def test_experts_go_astray_without_the_repair(references: dict, tmp_path: Path) -> None:
+    """Megatron marks experts as such only where EP > 1. With TP2, EP1 and ETP1 their gradients then stay what each rank's own tokens give."""
+    checkpoint, reference = references["moe"]
+    output = tmp_path / "result.pt"
+    run_ranks(SCRIPT, 2, str(checkpoint), str(output), "1", *LAYOUTS["tp2"][1], env={"WITHOUT_EXPERT_MARKS": "1"})
+    result = torch.load(output)
+    errors = {key: float((gradient - reference["gradients"][key]).norm() / reference["gradients"][key].norm())
+              for key, gradient in result["gradients"].items()}
+    assert min(error for key, error in errors.items() if ".experts." in key) > 0.1
+    assert result["steps"][0][0] == pytest.approx(reference["steps"][0][0], rel=1e-4), "the loss tells nothing of it"
+
+
 def test_loss_is_independent_of_micro_batches(references: dict, tmp_path: Path) -> None:
     """One large micro-batch gives the step that many small ones gave."""
     checkpoint, reference = references["moe"]
