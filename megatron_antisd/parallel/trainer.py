@@ -26,6 +26,7 @@ from megatron_antisd.parallel.reshard import WeightStream
 from megatron_antisd.parallel.rows import Row, RowPlan, lone_filler, lone_row, plan_rows
 from megatron_antisd.parallel.stored_weights import load_model_weights
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
+from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
 
 
@@ -136,27 +137,40 @@ class Trainer:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden[:, 0]
 
+    def _predicting(self, row: Row, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, H] that predict response tokens."""
+        return self._whole_row(hidden)[row.predicting]
+
+    @property
+    def _scoring_options(self) -> dict[str, Any]:
+        return {"chunk_tokens": self.config.trainer.vocab_chunk_tokens, "temperature": self.config.rollout.temperature}
+
     def _scores(self, row: Row, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([R], [R]) float32 log-prob and entropy of the row's response tokens."""
-        return linear_log_prob_and_entropy(
-            self._whole_row(hidden)[row.predicting], self.output_weight(), row.targets, self.layout.tensor,
-            self.description.geometry.vocab_size, entropy_grad=False, chunk_tokens=self.config.trainer.vocab_chunk_tokens,
-            temperature=self.config.rollout.temperature)
+        return linear_log_prob_and_entropy(self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor,
+                                           self.description.geometry.vocab_size, entropy_grad=False, **self._scoring_options)
 
     def _policy_loss(self, batch: TrainingBatch, sequence_advantage: torch.Tensor, weights: torch.Tensor, row: Row,
                      hidden: torch.Tensor) -> tuple[Any, ...]:
         """(loss with gradient, log-prob, entropy, loss, clipped tokens) of one row. `sequence_advantage`, `weights`: of every token of the batch."""
-        settings, device, where = self.config.algorithm, self.layout.device, row.where
-        log_prob, entropy = self._scores(row, hidden)
-        # Off-policy, u stays that of the policy that sampled: the teacher was scored with its weights too.
-        old = None if batch.old_log_prob is None else batch.old_log_prob[where].to(device)
-        advantage = token_advantage(
-            sequence_advantage[where].to(device), log_prob.detach() if old is None else old,
-            batch.teacher_log_prob[where].to(device), batch.teacher_mask[where].to(device),
-            method=settings.method, lambda_=batch.lambda_, compose=settings.compose)
-        loss, clipped = clipped_surrogate(log_prob, old, advantage, weights[where].to(device), settings.clip)
+        settings = self.config.algorithm
+        a_seq, weight, teacher, mask = (tensor[row.where].to(self.layout.device) for tensor in (
+            sequence_advantage, weights, batch.teacher_log_prob, batch.teacher_mask))
+        old = None if batch.old_log_prob is None else batch.old_log_prob[row.where].to(self.layout.device)
+        clipped = torch.zeros((), dtype=torch.int64, device=self.layout.device)
+
+        def token_loss(rows: slice, log_prob: torch.Tensor) -> torch.Tensor:
+            # Off-policy, u stays that of the policy that sampled: the teacher was scored with its weights too.
+            advantage = token_advantage(a_seq[rows], log_prob.detach() if old is None else old[rows], teacher[rows], mask[rows],
+                                        method=settings.method, lambda_=batch.lambda_, compose=settings.compose)
+            loss, count = clipped_surrogate(log_prob, None if old is None else old[rows], advantage, weight[rows], settings.clip)
+            clipped.add_(count)
+            return loss
+
+        loss, log_prob, entropy = linear_policy_loss(self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor,
+                                                     self.description.geometry.vocab_size, token_loss, **self._scoring_options)
         # The schedule may rescale the loss in place: report a copy.
-        return loss, log_prob.detach(), entropy.detach(), loss.detach().clone(), clipped
+        return loss, log_prob, entropy, loss.detach().clone(), clipped
 
     # -- local results -> global vectors, the same on every rank ----------------------------------------------------------
 

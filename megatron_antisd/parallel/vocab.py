@@ -10,14 +10,14 @@ Padded columns are never read. All statistics are fp32, taken relative to the ro
 logits are safe. A call costs two small all-reduces forward (`[T + 3]` MAX, `[3, T]` SUM) and, in the linear form, one of `[T, H]`
 backward. Every rank gets the same results and has to back-propagate the same scalar: the gradients are those of that one scalar.
 
+`parallel.vocab_loss` is the training step's form, which computes nothing twice; `parallel.vocab_shard` what both share.
+
 `linear_log_prob_and_entropy` starts from the output layer's input and weight: at most `chunk_tokens` rows of fp32 logits exist at a
 time, beside one temporary of that size (their exponentials), and backward computes them again.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,15 @@ import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, matmul_fp32, weight_gradient_buffer
-
-EXP_FLOOR = -1000.0
-"""Stands for -inf where a shifted logit is multiplied by its exponential: exp(-1000) is 0 in fp32, and 0 * -1000 is not NaN."""
+from megatron_antisd.parallel.vocab_shard import (
+    EXP_FLOOR,
+    Shard,
+    check_inputs,
+    check_linear_inputs,
+    chunk_statistics,
+    empty_statistics,
+    merge,
+)
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -49,8 +55,8 @@ def log_prob_and_entropy(
     Raises ValueError for shapes or dtypes that do not fit; for a target outside the vocabulary and shards of different size on
     every rank together, so that none waits for another.
     """
-    _check_inputs("logits", logits, targets, chunk_tokens)
-    shard = _Shard.of(logits.shape[1], vocab_size, group)
+    check_inputs("logits", logits, targets, chunk_tokens)
+    shard = Shard.of(logits.shape[1], vocab_size, group)
     return _LogitsScores.apply(logits, targets, shard, chunk_tokens, entropy_grad)
 
 
@@ -74,109 +80,9 @@ def linear_log_prob_and_entropy(
 
     Raises as `log_prob_and_entropy` does, and ValueError for a temperature that is not positive and finite.
     """
-    _check_inputs("hidden", hidden, targets, chunk_tokens)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
-        raise ValueError(f"weight is {tuple(weight.shape)} {weight.dtype}, expected [V_padded / tp, {hidden.shape[1]}] {hidden.dtype} "
-                         f"to go with hidden {tuple(hidden.shape)}; cast or transpose one of them")  # fmt: skip
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}, expected a positive finite number; greedy decoding has no entropy to score")
-    shard = _Shard.of(weight.shape[0], vocab_size, group)
+    check_linear_inputs(hidden, weight, targets, chunk_tokens, temperature)
+    shard = Shard.of(weight.shape[0], vocab_size, group)
     return _LinearScores.apply(hidden, weight, targets, shard, chunk_tokens, temperature, entropy_grad)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shard:
-    """Which columns of the vocabulary this rank holds."""
-
-    group: dist.ProcessGroup | None
-    columns: int
-    """V_padded / tp, the padding included."""
-    start: int
-    """Global id of the first column."""
-    true_columns: int
-    """How many of the columns belong to the true vocabulary; the rest, behind them, is padding."""
-    vocab_size: int
-
-    @classmethod
-    def of(cls, columns: int, vocab_size: int, group: dist.ProcessGroup | None) -> _Shard:
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size is {vocab_size}, expected the number of true ids, at least 1")
-        start = 0 if group is None else dist.get_rank(group) * columns
-        return cls(group=group, columns=columns, start=start, true_columns=min(max(vocab_size - start, 0), columns), vocab_size=vocab_size)
-
-    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp) -> None:
-        if self.group is not None and dist.get_world_size(self.group) > 1:
-            dist.all_reduce(tensor, op=op, group=self.group)
-
-    def chunks(self, tokens: int, chunk_tokens: int) -> Iterator[slice]:
-        """Rows of each chunk; none where this rank holds padding only."""
-        if self.true_columns:
-            for start in range(0, tokens, chunk_tokens):
-                yield slice(start, min(start + chunk_tokens, tokens))
-
-    def locate(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Local column of each target `[T]`, some valid column where another rank holds it, and whether it is ours `[T]` bool."""
-        column = targets - self.start
-        owned = (column >= 0) & (column < self.true_columns)
-        return column.clamp_(0, max(self.true_columns - 1, 0)), owned
-
-
-def _check_inputs(name: str, tensor: torch.Tensor, targets: torch.Tensor, chunk_tokens: int) -> None:
-    if tensor.dim() != 2 or not tensor.is_floating_point():
-        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected a floating-point tensor of two dimensions [T, ...]")
-    if targets.shape != tensor.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets are {tuple(targets.shape)} {targets.dtype}, expected ({tensor.shape[0]},) torch.int64: one global id "
-                         f"for each row of {name} {tuple(tensor.shape)}")  # fmt: skip
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
-
-
-def _chunk_statistics(logits: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """`[c, columns]` fp32 logits of one shard, overwritten, and `column` `[c]` -> `[4, c]`:
-    maximum m, sum exp(x - m), sum (x - m) exp(x - m), the logit at `column`."""
-    peak = logits.amax(dim=1)
-    at_column = logits.gather(1, column[:, None]).squeeze(1)
-    # A row of -inf alone has no maximum to subtract: leave it, its sums are 0.
-    logits.sub_(peak.masked_fill(peak == -math.inf, 0.0)[:, None]).clamp_(min=EXP_FLOOR)
-    exponential = logits.exp()
-    return torch.stack([peak, exponential.sum(dim=1), logits.mul_(exponential).sum(dim=1), at_column])
-
-
-def _merge(local: torch.Tensor, targets: torch.Tensor, owned: torch.Tensor, shard: _Shard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every shard's statistics `[4, T]` -> log_prob `[T]` and what backward needs `[3, T]`: maximum, log Z - maximum, entropy."""
-    invalid = ((targets < 0) | (targets >= shard.vocab_size)).sum()
-    # Three numbers travel with the maxima, so that a fault on one rank raises on all of them without a collective of its own.
-    header = torch.stack([invalid.new_tensor(shard.columns), invalid.new_tensor(-shard.columns), invalid]).to(local.dtype)
-    maxima = torch.cat([local[0], header])  # [T + 3]
-    shard.all_reduce(maxima, dist.ReduceOp.MAX)
-    _check_header(maxima[-3:].tolist(), targets, shard)
-    peak = maxima[:-3]
-
-    # From this shard's maximum m_r to the global m: x - m = (x - m_r) + (m_r - m). No term cancels another: both are <= 0.
-    shift = (local[0] - peak).clamp_(min=EXP_FLOOR)
-    scale = shift.exp()
-    shifted_target = torch.where(owned, local[3] - peak, 0.0)
-    sums = torch.stack([scale * local[1], scale * (local[2] + shift * local[1]), shifted_target])  # [3, T]
-    shard.all_reduce(sums, dist.ReduceOp.SUM)
-
-    log_sum = sums[0].log()  # log Z - m: kept apart from m, since m + log_sum would lose the digits of log_sum beside a large m
-    entropy = log_sum - sums[1] / sums[0]
-    return sums[2] - log_sum, torch.stack([peak, log_sum, entropy])
-
-
-def _check_header(header: list[float], targets: torch.Tensor, shard: _Shard) -> None:
-    most, least, invalid = int(header[0]), -int(header[1]), int(header[2])
-    if most != least:
-        raise ValueError(f"vocabulary shards differ in size: {least} to {most} columns, here {shard.columns}; "
-                         "pad the vocabulary to a multiple of the tensor-parallel size")  # fmt: skip
-    size = 1 if shard.group is None else dist.get_world_size(shard.group)
-    if shard.vocab_size > shard.columns * size:
-        raise ValueError(f"vocab_size is {shard.vocab_size}, but {size} rank(s) of {shard.columns} columns hold {shard.columns * size}; "
-                         "pass the group the vocabulary is split over, or the right number of true ids")  # fmt: skip
-    if invalid:
-        span = f"here they span {int(targets.min())} to {int(targets.max())}" if targets.numel() else "here there are none"
-        raise ValueError(f"{invalid} target(s) lie outside the vocabulary, expected ids from 0 to {shard.vocab_size - 1}; {span}. "
-                         "Targets are global ids and never padding")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +90,7 @@ class _RowGradients:
     """What backward was given and needs for each row."""
 
     norm: torch.Tensor
-    """`[3, T]` fp32, from `_merge`."""
+    """`[3, T]` fp32, from `merge`."""
     column: torch.Tensor
     """`[T]` int64."""
     log_prob: torch.Tensor
@@ -218,25 +124,18 @@ def _row_gradients(
     return _RowGradients(norm=norm, column=column, log_prob=log_prob, target=log_prob * owned, entropy=entropy)
 
 
-def _empty_statistics(targets: torch.Tensor) -> torch.Tensor:
-    """`[4, T]` of a shard without any column: the neutral elements of the merge."""
-    local = torch.zeros(4, targets.shape[0], dtype=torch.float32, device=targets.device)
-    local[0] = -math.inf
-    return local
-
-
 class _LogitsScores(torch.autograd.Function):
     """logits `[T, V_padded / tp]` -> log_prob `[T]`, entropy `[T]`."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, logits: torch.Tensor, targets: torch.Tensor, shard: _Shard, chunk_tokens: int, entropy_grad: bool
+        ctx: FunctionCtx, logits: torch.Tensor, targets: torch.Tensor, shard: Shard, chunk_tokens: int, entropy_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         column, owned = shard.locate(targets)
-        local = _empty_statistics(targets)
+        local = empty_statistics(targets)
         for rows in shard.chunks(targets.shape[0], chunk_tokens):
-            local[:, rows] = _chunk_statistics(_fp32_copy(logits, rows, shard), column[rows])
-        log_prob, norm = _merge(local, targets, owned, shard)
+            local[:, rows] = chunk_statistics(_fp32_copy(logits, rows, shard), column[rows])[0]
+        log_prob, norm = merge(local, targets, owned, shard)
         entropy = norm[2].clone()
         _remember(ctx, (logits, targets, norm), shard, chunk_tokens, None if entropy_grad else entropy)
         return log_prob, entropy
@@ -258,16 +157,16 @@ class _LinearScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-        shard: _Shard, chunk_tokens: int, temperature: float, entropy_grad: bool,
+        shard: Shard, chunk_tokens: int, temperature: float, entropy_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         column, owned = shard.locate(targets)
         true_weight = weight[: shard.true_columns]
-        local = _empty_statistics(targets)
+        local = empty_statistics(targets)
         for rows in shard.chunks(targets.shape[0], chunk_tokens):
             logits = matmul_fp32(hidden[rows], true_weight.t()).div_(temperature)  # [c, true columns]
-            local[:, rows] = _chunk_statistics(logits, column[rows])
+            local[:, rows] = chunk_statistics(logits, column[rows])[0]
             del logits  # or it would still be there while the next chunk's are made
-        log_prob, norm = _merge(local, targets, owned, shard)
+        log_prob, norm = merge(local, targets, owned, shard)
         entropy = norm[2].clone()
         _remember(ctx, (hidden, weight, targets, norm), shard, chunk_tokens, None if entropy_grad else entropy)
         ctx.temperature = temperature
@@ -298,7 +197,7 @@ class _LinearScores(torch.autograd.Function):
 
 
 def _remember(
-    ctx: FunctionCtx, tensors: tuple[torch.Tensor, ...], shard: _Shard, chunk_tokens: int, cut_off: torch.Tensor | None
+    ctx: FunctionCtx, tensors: tuple[torch.Tensor, ...], shard: Shard, chunk_tokens: int, cut_off: torch.Tensor | None
 ) -> None:
     """What both forms keep for backward; `cut_off` is a result without gradient."""
     ctx.save_for_backward(*tensors)
@@ -308,6 +207,6 @@ def _remember(
         ctx.mark_non_differentiable(cut_off)
 
 
-def _fp32_copy(logits: torch.Tensor, rows: slice, shard: _Shard) -> torch.Tensor:
+def _fp32_copy(logits: torch.Tensor, rows: slice, shard: Shard) -> torch.Tensor:
     """`[c, true columns]` fp32, always memory of its own: the caller's logits must not change."""
     return logits[rows, : shard.true_columns].to(torch.float32, copy=True)

@@ -49,7 +49,7 @@ def not_finite() -> None:
 
 def _break_steps(module: Any) -> None:
     count = {"step": 0}
-    step, scores, update = module.Trainer.step, module.Trainer._scores, module.guarded_update
+    step, predicting, update = module.Trainer.step, module.Trainer._predicting, module.guarded_update
     last = dist.get_rank() == dist.get_world_size() - 1
 
     def broken_step(self: Any, batch: Any, learning_rate: float) -> Any:
@@ -65,11 +65,9 @@ def _break_steps(module: Any) -> None:
         assert unchanged == stats.skipped, f"step {count['step']}: skipped {stats.skipped}, weights unchanged {unchanged}"
         return stats
 
-    def broken_scores(self: Any, micro: Any, hidden: torch.Tensor) -> Any:
-        log_prob, entropy = scores(self, micro, hidden)
-        if count["step"] == NAN_FORWARD and log_prob.requires_grad and last:
-            log_prob = log_prob * float("nan")
-        return log_prob, entropy
+    def broken_hidden(self: Any, row: Any, hidden: torch.Tensor) -> torch.Tensor:
+        given = predicting(self, row, hidden)
+        return given * float("nan") if count["step"] == NAN_FORWARD and given.requires_grad and last else given
 
     def broken_update(optimizer: Any, clip_grad: float, finite_loss: bool) -> Any:
         if count["step"] == INFINITE_GRADIENT and last:
@@ -82,7 +80,7 @@ def _break_steps(module: Any) -> None:
         broken_update.trainer = self
 
     initialise = module.Trainer.__init__
-    module.Trainer.__init__, module.Trainer.step, module.Trainer._scores = remember, broken_step, broken_scores
+    module.Trainer.__init__, module.Trainer.step, module.Trainer._predicting = remember, broken_step, broken_hidden
     module.guarded_update = broken_update
 
 

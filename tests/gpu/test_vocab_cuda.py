@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
+from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 TOKENS, HIDDEN, VOCAB = 512, 256, 4096
 
 
+@pytest.mark.parametrize("training_form", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_scores_and_gradients_as_float64(dtype: torch.dtype, tolerance: float) -> None:
+def test_scores_and_gradients_as_float64(dtype: torch.dtype, tolerance: float, training_form: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     weight = 0.05 * torch.randn(VOCAB, HIDDEN, generator=generator)
@@ -26,8 +28,14 @@ def test_scores_and_gradients_as_float64(dtype: torch.dtype, tolerance: float) -
     expected_entropy = -(table.exp() * table).sum(-1)
     (expected * upstream).sum().backward()
     h, w = hidden.to("cuda", dtype).requires_grad_(), weight.to("cuda", dtype).requires_grad_()
-    log_prob, entropy = linear_log_prob_and_entropy(h, w, targets.cuda(), None, VOCAB, entropy_grad=False, chunk_tokens=100)
-    (log_prob * upstream.cuda()).sum().backward()
+    slope = upstream.cuda()
+    if training_form:
+        loss, log_prob, entropy = linear_policy_loss(
+            h, w, targets.cuda(), None, VOCAB, lambda rows, part: (part * slope[rows]).sum(), chunk_tokens=100)
+    else:
+        log_prob, entropy = linear_log_prob_and_entropy(h, w, targets.cuda(), None, VOCAB, entropy_grad=False, chunk_tokens=100)
+        loss = (log_prob * slope).sum()
+    loss.backward()
     assert (log_prob.double().cpu() - expected).abs().max() < tolerance
     assert (entropy.double().cpu() - expected_entropy).abs().max() < tolerance
     for mine, oracle in ((h.grad, h64.grad), (w.grad, w64.grad)):

@@ -10,8 +10,10 @@ import torch
 from distributed import run_ranks
 from parallel.vocab_cases import CASES, Case, check, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, log_prob_and_entropy
+from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
 HERE = Path(__file__).parent
 
@@ -123,6 +125,44 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return result
+
+
+def test_training_form_never_holds_all_logits_and_multiplies_once_less() -> None:
+    tokens, vocab, size, chunk = 512, 300, 8, 16
+    targets, flops = torch.randint(0, vocab, (tokens,)), []
+    for training_form in (False, True):
+        hidden, weight = torch.randn(tokens, size, requires_grad=True), torch.nn.Parameter(torch.randn(vocab, size))
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(vocab, size), False
+        with LargestTensor() as seen, FlopCounterMode(display=False) as counted:
+            if training_form:
+                loss, _, _ = linear_policy_loss(hidden, weight, targets, None, vocab, lambda rows, log_prob: -log_prob.sum(), chunk_tokens=chunk)
+            else:
+                loss = -linear_log_prob_and_entropy(hidden, weight, targets, None, vocab, entropy_grad=False, chunk_tokens=chunk)[0].sum()
+            loss.backward()
+        assert seen.elements == max(chunk * vocab, vocab * size, tokens * size)
+        flops.append(counted.get_total_flops())
+    assert flops[0] - flops[1] == 2 * tokens * vocab * size
+
+
+def test_the_training_forms_loss_cannot_be_scaled_afterwards() -> None:
+    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(8, 6)
+    loss, _, _ = linear_policy_loss(hidden, weight, torch.zeros(4, dtype=torch.int64), None, 8, lambda rows, log_prob: log_prob.sum())
+    with pytest.raises(RuntimeError, match="scaled after its gradients were formed"):
+        (2 * loss).backward()
+
+
+def test_a_token_loss_sees_its_own_rows_once_and_in_order() -> None:
+    seen: list[int] = []
+
+    def token_loss(rows: slice, log_prob: torch.Tensor) -> torch.Tensor:
+        assert log_prob.requires_grad and len(log_prob) == rows.stop - rows.start
+        seen.extend(range(rows.start, rows.stop))
+        return log_prob.sum() * 0.0
+
+    hidden = torch.randn(11, 6, requires_grad=True)
+    loss, log_prob, _ = linear_policy_loss(hidden, torch.randn(8, 6), torch.arange(11) % 8, None, 8, token_loss, chunk_tokens=4)
+    loss.backward()
+    assert seen == list(range(11)) and not hidden.grad.any() and log_prob.isfinite().all()
 
 
 @pytest.mark.parametrize("main_grad", [False, True])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, log_prob_and_entropy
+from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class Case:
     entropy_grad: bool = True
     temperature: float = 1.0
     dtype: torch.dtype = torch.float32
+    loss: bool = False
+    """The training form: the loss with its gradients at once."""
     infinite: bool = False
     """Some logits are -inf: a few tokens', one whole rank's, one target's."""
     tolerance: float = 1e-6
@@ -52,6 +56,14 @@ CASES = [
     Case(name="linear, wide", hidden=64, scale=0.3, tokens=40, vocab_size=5003, padded=5120, chunk_tokens=16, tolerance=5e-6),
     Case(name="linear, logits of 1e4", hidden=24, scale=40.0, tolerance=5e-6),
     Case(name="linear, bf16", hidden=24, scale=0.5, dtype=torch.bfloat16, tolerance=5e-6, grad_tolerance=1e-2),
+    Case(name="loss", hidden=24, scale=0.5, loss=True, tolerance=5e-6),
+    Case(name="loss, ranks of padding only", hidden=8, vocab_size=9, padded=16, loss=True, tolerance=5e-6),
+    Case(name="loss, no tokens", hidden=8, tokens=0, loss=True),
+    Case(name="loss, temperature", hidden=24, scale=0.5, temperature=0.6, loss=True, tolerance=5e-6),
+    Case(name="loss, wide", hidden=64, scale=0.3, tokens=40, vocab_size=5003, padded=5120, chunk_tokens=16, loss=True, tolerance=5e-6),
+    Case(name="loss, one chunk", hidden=24, scale=0.5, chunk_tokens=1024, loss=True, tolerance=5e-6),
+    Case(name="loss, logits of 1e4", hidden=24, scale=40.0, loss=True, tolerance=5e-6),
+    Case(name="loss, bf16", hidden=24, scale=0.5, dtype=torch.bfloat16, loss=True, tolerance=5e-6, grad_tolerance=1e-2),
 ]
 
 
@@ -70,18 +82,25 @@ def check(case: Case, group: dist.ProcessGroup | None) -> float:
     leaves, targets, given = _inputs(case, generator)
     local = _local_leaves(case, leaves, slice(rank * columns, (rank + 1) * columns))
     before = [leaf.detach().clone() for leaf in local]
+    weights = torch.randn(2, case.tokens, generator=generator)
     options = dict(entropy_grad=case.entropy_grad, chunk_tokens=case.chunk_tokens)
-    if case.hidden is None:
+    entropy_weights = weights[1] * (case.entropy_grad and not case.loss)
+    loss = None
+    if case.loss:
+        loss, log_prob, entropy = linear_policy_loss(
+            *local, targets, group, case.vocab_size, lambda rows, part: (weights[0][rows] * part).sum(), temperature=case.temperature,
+            chunk_tokens=case.chunk_tokens)
+    elif case.hidden is None:
         log_prob, entropy = log_prob_and_entropy(local[0], targets, group, case.vocab_size, **options)
     else:
         log_prob, entropy = linear_log_prob_and_entropy(
             *local, targets, group, case.vocab_size, temperature=case.temperature, **options
         )
     assert log_prob.dtype == entropy.dtype == torch.float32 and log_prob.shape == entropy.shape == (case.tokens,)
-    assert entropy.requires_grad == case.entropy_grad and log_prob.requires_grad
+    assert (log_prob.requires_grad, entropy.requires_grad) == ((False, False) if case.loss else (True, case.entropy_grad))
     _assert_same_on_all_ranks(torch.stack([log_prob, entropy]).detach(), group)
-    weights = torch.randn(2, case.tokens, generator=generator)
-    scalar = (weights[0] * log_prob).sum() + (weights[1] * entropy).sum() * case.entropy_grad
+    scalar = loss if loss is not None else (weights[0] * log_prob).sum() + (entropy_weights * entropy).sum()
+    assert scalar.item() == pytest.approx(float((weights[0] * log_prob).sum() + (entropy_weights * entropy).sum()), rel=1e-5, abs=1e-5, nan_ok=True)
     scalar.backward()
     for leaf, copy in zip(local, before, strict=True):
         assert torch.equal(_bits(leaf), _bits(copy)), f"{case.name}: an input was changed"
@@ -89,7 +108,7 @@ def check(case: Case, group: dist.ProcessGroup | None) -> float:
     want_leaves = [leaf.double().requires_grad_() for leaf in given]
     logits = want_leaves[0] if case.hidden is None else want_leaves[0] @ want_leaves[1].t() / case.temperature
     want_log_prob, want_entropy = oracle(logits, targets)
-    ((weights[0] * want_log_prob).sum() + (weights[1] * want_entropy).sum() * case.entropy_grad).backward()
+    ((weights[0] * want_log_prob).sum() + (entropy_weights * want_entropy).sum()).backward()
     errors = [_error(log_prob, want_log_prob, case.tolerance, f"{case.name}: log_prob")]
     errors.append(_error(entropy, want_entropy, case.tolerance, f"{case.name}: entropy"))
     for index, (leaf, want) in enumerate(zip(local, want_leaves, strict=True)):
