@@ -71,7 +71,7 @@ def configuration(world: World, directory: Path, **sections: dict[str, Any]) -> 
         "privileged": {"template": "{problem} previous {solution} assessed {feedback} now", "correct": "right", "incorrect": "wrong"},
         "rollout": {"problems_per_step": 4, "group_size": 4, "max_new_tokens": 16, "max_context": 256, "kv_cache_bytes": 16 << 20,
                     "max_sequences": 16},
-        "trainer": {"micro_batch_tokens": 128, "score_micro_batch_tokens": 128, "vocab_chunk_tokens": 64},
+        "trainer": {"micro_batch_tokens": 128, "score_micro_batch_tokens": 128, "vocab_chunk_bytes": 16384},
         "optimizer": {"lr": 1e-3},
         "grading": {"workers": 1},
         "logging": {"tensorboard": False, "progress": False},

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_antisd.config import ConfigError, ParallelConfig, RunConfig
+from megatron_antisd.config.memory_rules import expert_form_problems, lever_problems
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe", "olmo3")
 
@@ -82,10 +83,12 @@ def _raise(problems: list[str]) -> None:
 def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool) -> Iterator[str]:
     yield from _world_problems(config, world_size)
     yield from _batch_problems(config, world_size)
+    yield from lever_problems(config, model.get("model_type"))
     yield from _model_problems(config.parallel, model)
     model = _complete(model)
     if model.get("model_type") not in SUPPORTED_MODEL_TYPES or _missing(model):
         return  # reported
+    yield from expert_form_problems(config, model)
     yield from _length_problems(config, model)
     if config.rollout.engine == "vllm":
         yield from _vllm_problems(config, model, moe=model["model_type"] == "qwen3_moe", cpu=cpu)
@@ -220,6 +223,10 @@ def _expert_problems(parallel: ParallelConfig, model: Mapping[str, Any], *, moe:
 
 
 def _length_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[str]:
+    token = 4 * -(-model["vocab_size"] // config.parallel.tensor_parallel_size)
+    if config.trainer.vocab_chunk_bytes < token:
+        yield (f"trainer.vocab_chunk_bytes={config.trainer.vocab_chunk_bytes} is too small for one token: its fp32 logits take 4 x vocab_size="
+               f"{model['vocab_size']} / parallel.tensor_parallel_size={config.parallel.tensor_parallel_size} = {token} bytes")
     # trainer.micro_batch_tokens may be smaller than the context: a longer sequence is its own micro-batch.
     context, positions = max_context(config, model), model["max_position_embeddings"]
     where = "rollout.max_context" if config.rollout.max_context else "the model's max_position_embeddings"

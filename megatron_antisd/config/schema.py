@@ -28,8 +28,12 @@ class ModelConfig(Section):
     """Compute dtype of trainer and engine. Main weights, gradients and log-probs are fp32 in any case."""
     spec: Literal["local", "te"] = "local"
     """Layer implementation: `local` is torch only, `te` takes transformer-engine's layers."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recompute of whole layers."""
+    grouped_experts: Literal["auto", "grouped", "sequential"] = "auto"
+    """All experts in one product (torch's `grouped_mm`) or one after the other; `auto` groups on GPUs in bfloat16. With `spec: local` alone."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes anew instead of keeping them: none, those of `recompute_modules`, or of whole layers."""
+    recompute_modules: tuple[Literal["attention", "mlp", "norms"], ...] | None = Field(None, min_length=1)
+    """With `recompute: selective`: the core attention (None means it alone), the whole MLP or mixture-of-experts part, the two norms of a layer."""
 
 
 class ParallelConfig(Section):
@@ -49,6 +53,10 @@ class ParallelConfig(Section):
     """ETP: tensor parallelism inside an expert; independent of TP."""
     distributed_optimizer: bool = True
     """Shard main weights and moments over data- and context-parallel ranks."""
+    overlap_gradients: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass of the last micro-batch still runs, bucket by bucket."""
+    gradient_bucket_parameters: int | None = Field(None, ge=1)
+    """With `overlap_gradients`: parameters in a bucket; None takes Megatron's 40 million, or a million a data-parallel rank where that is more."""
     timeout_seconds: int = Field(600, ge=10)
     """Time-out of collectives, and of a rank's wait for the slowest one in the rollout engine; Megatron's groups round it up to minutes."""
 
@@ -71,6 +79,8 @@ class OptimizerConfig(Section):
     """AdamW's moment decay rates."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's denominator term."""
+    offload: bool = False
+    """Keep AdamW's moments in host memory; they pass through the GPU parameter by parameter. With `backend: torch` alone."""
     clip_grad: float = Field(1.0, gt=0)
     """Global gradient norm bound."""
     warmup_steps: int = Field(0, ge=0)
@@ -177,8 +187,9 @@ class TrainerConfig(Section):
     """Upper bound of packed tokens in a micro-batch, over all context-parallel ranks (a longer single sequence is its own micro-batch)."""
     score_micro_batch_tokens: int = Field(32768, ge=1)
     """The same for scoring without gradient."""
-    vocab_chunk_tokens: int = Field(1024, ge=1)
-    """Tokens whose logits exist at once in the output layer."""
+    vocab_chunk_bytes: int = Field(512 << 20, ge=1)
+    """fp32 logits that exist at once on a rank in the training step's output layer, at least one token's: 4 x vocabulary / TP bytes. Scoring
+    without gradient holds a few MB of them, whatever this says."""
 
 
 class GradingConfig(Section):

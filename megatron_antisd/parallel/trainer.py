@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_antisd.algorithm import clipped_surrogate, token_advantage, token_weights
 from megatron_antisd.config import RunConfig
 from megatron_antisd.models.attention import PackedSequences
 from megatron_antisd.models.build import ModelDescription, build_model
+from megatron_antisd.parallel.data_parallel import data_parallel_chunks
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
 from megatron_antisd.parallel.reshard import WeightStream
@@ -27,6 +28,7 @@ from megatron_antisd.parallel.rows import Row, RowPlan, lone_filler, lone_row, p
 from megatron_antisd.parallel.stored_weights import load_model_weights
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
+from megatron_antisd.parallel.vocab_shard import NonFiniteHiddenError
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
 
 
@@ -39,9 +41,7 @@ class Trainer:
         """This rank's parts of the model: one, or several virtual pipeline stages."""
         load_model_weights(self.chunks, description, layout, config.model.path)
         model_config = self.chunks[0].config
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer, overlap_grad_reduce=False)
-        self.ddp = [DistributedDataParallel(model_config, ddp, chunk) for chunk in self.chunks]
+        self.ddp = data_parallel_chunks(self.chunks, config.parallel)
         dtype = getattr(torch, config.model.dtype)
         self.optimizer = build_optimizer(config.optimizer, self.ddp, dtype, config.parallel.distributed_optimizer)
         model_config.finalize_model_grads_func = _sum_gradients
@@ -141,14 +141,15 @@ class Trainer:
         """[R, H] that predict response tokens."""
         return self._whole_row(hidden)[row.predicting]
 
-    @property
-    def _scoring_options(self) -> dict[str, Any]:
-        return {"chunk_tokens": self.config.trainer.vocab_chunk_tokens, "temperature": self.config.rollout.temperature}
-
     def _scores(self, row: Row, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([R], [R]) float32 log-prob and entropy of the row's response tokens."""
-        return linear_log_prob_and_entropy(self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor,
-                                           self.description.geometry.vocab_size, entropy_grad=False, **self._scoring_options)
+        try:
+            return linear_log_prob_and_entropy(
+                self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor, self.description.geometry.vocab_size,
+                entropy_grad=False, temperature=self.config.rollout.temperature)
+        except NonFiniteHiddenError as error:
+            raise ValueError(f"{error}; this row predicts response token {int(row.where[error.row])} of the scored batch, counted over all its "
+                             "responses") from error
 
     def _policy_loss(self, batch: TrainingBatch, sequence_advantage: torch.Tensor, weights: torch.Tensor, row: Row,
                      hidden: torch.Tensor) -> tuple[Any, ...]:
@@ -167,8 +168,9 @@ class Trainer:
             clipped.add_(count)
             return loss
 
-        loss, log_prob, entropy = linear_policy_loss(self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor,
-                                                     self.description.geometry.vocab_size, token_loss, **self._scoring_options)
+        loss, log_prob, entropy = linear_policy_loss(
+            self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor, self.description.geometry.vocab_size,
+            token_loss, chunk_bytes=self.config.trainer.vocab_chunk_bytes, temperature=self.config.rollout.temperature)
         # The schedule may rescale the loss in place: report a copy.
         return loss, log_prob, entropy, loss.detach().clone(), clipped
 

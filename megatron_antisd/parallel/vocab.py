@@ -1,4 +1,4 @@
-"""Log-prob and exact entropy of each token from vocabulary shards, forward and backward, chunked over the tokens.
+"""Log-prob and exact entropy of each token from vocabulary shards, forward and backward, online over blocks of tokens and columns.
 
 With `p = softmax(x)` over the full true vocabulary and `Z = sum_v exp(x_v)`, in nats:
 
@@ -10,10 +10,10 @@ Padded columns are never read. All statistics are fp32, taken relative to the ro
 logits are safe. A call costs two small all-reduces forward (`[T + 3]` MAX, `[3, T]` SUM) and, in the linear form, one of `[T, H]`
 backward. Every rank gets the same results and has to back-propagate the same scalar: the gradients are those of that one scalar.
 
-`parallel.vocab_loss` is the training step's form, which computes nothing twice; `parallel.vocab_shard` what both share.
+`parallel.vocab_loss` is the training step's form, which computes nothing twice; `parallel.vocab_shard` what all share.
 
-`linear_log_prob_and_entropy` starts from the output layer's input and weight: at most `chunk_tokens` rows of fp32 logits exist at a
-time, beside one temporary of that size (their exponentials), and backward computes them again.
+`linear_log_prob_and_entropy` starts from the output layer's input and weight: of the fp32 logits only one block of some tokens and some columns
+exists at a time, small enough to stay in the cache, and backward computes each block again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, matmul_fp32, weight_gradient_buffer
+from megatron_antisd.models.gradient import add_matmul, as_factor, finished_weight_gradient, weight_gradient_buffer
+from megatron_antisd.parallel import vocab_shard
 from megatron_antisd.parallel.vocab_shard import (
     EXP_FLOOR,
     Shard,
+    block_statistics,
     check_inputs,
     check_linear_inputs,
-    chunk_statistics,
+    combine,
     empty_statistics,
+    in_block,
+    logits_block,
     merge,
 )
 
@@ -45,7 +49,6 @@ def log_prob_and_entropy(
     vocab_size: int,
     *,
     entropy_grad: bool = True,
-    chunk_tokens: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of `targets` and entropy, both `[T]` fp32 in nats and bitwise the same on every rank of `group`.
 
@@ -55,9 +58,9 @@ def log_prob_and_entropy(
     Raises ValueError for shapes or dtypes that do not fit; for a target outside the vocabulary and shards of different size on
     every rank together, so that none waits for another.
     """
-    check_inputs("logits", logits, targets, chunk_tokens)
+    check_inputs("logits", logits, targets)
     shard = Shard.of(logits.shape[1], vocab_size, group)
-    return _LogitsScores.apply(logits, targets, shard, chunk_tokens, entropy_grad)
+    return _LogitsScores.apply(logits, targets, shard, entropy_grad)
 
 
 def linear_log_prob_and_entropy(
@@ -68,21 +71,21 @@ def linear_log_prob_and_entropy(
     vocab_size: int,
     *,
     entropy_grad: bool = True,
-    chunk_tokens: int = 1024,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log_prob_and_entropy` of `hidden @ weight.T / temperature`, never holding more than `chunk_tokens` rows of logits.
+    """`log_prob_and_entropy` of `hidden @ weight.T / temperature`, never holding more than a block of the logits.
 
     `hidden` `[T, H]` is the same on every rank (after the sequence-parallel gather); its gradient is the full sum over the
     shards, so the gather before it must split the gradient in backward, not reduce it again. `weight` is `[V_padded / tp, H]`.
     Its gradient is added to `weight.main_grad` (fp32 as a rule) where Megatron's DDP provides it, else
     returned through autograd. bf16 on CUDA multiplies in bf16 and accumulates in fp32; on a CPU bf16 is lifted to fp32 first.
 
-    Raises as `log_prob_and_entropy` does, and ValueError for a temperature that is not positive and finite.
+    Raises as `log_prob_and_entropy` does, ValueError for a temperature that is not positive and finite, and NonFiniteHiddenError, a
+    ValueError that names rank and row, for hidden states that are not finite.
     """
-    check_linear_inputs(hidden, weight, targets, chunk_tokens, temperature)
+    check_linear_inputs(hidden, weight, targets, temperature)
     shard = Shard.of(weight.shape[0], vocab_size, group)
-    return _LinearScores.apply(hidden, weight, targets, shard, chunk_tokens, temperature, entropy_grad)
+    return _LinearScores.apply(hidden, weight, targets, shard, temperature, entropy_grad)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +103,8 @@ class _RowGradients:
     entropy: torch.Tensor | None
     """`[T]` fp32, or None where the scalar does not depend on the entropy."""
 
-    def chunk(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Gradient of `[c, columns]` fp32 logits, in their own memory."""
+    def block(self, logits: torch.Tensor, rows: slice, block: slice) -> torch.Tensor:
+        """Gradient of `[c, b]` fp32 logits, in their own memory."""
         peak, log_sum, entropy = self.norm[:, rows, None]  # [c, 1] each
         log_p = logits.sub_(peak).sub_(log_sum).clamp_(min=EXP_FLOOR)
         grad_log_prob = self.log_prob[rows, None]
@@ -110,7 +113,8 @@ class _RowGradients:
         else:
             p = log_p.exp()
             gradient = log_p.add_(entropy).mul_(self.entropy[rows, None]).add_(grad_log_prob).mul_(p).neg_()
-        return gradient.scatter_add_(1, self.column[rows, None], self.target[rows, None])
+        place, inside = in_block(self.column[rows], block)
+        return gradient.scatter_add_(1, place[:, None], torch.where(inside, self.target[rows], 0.0)[:, None])
 
 
 def _row_gradients(
@@ -129,15 +133,15 @@ class _LogitsScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, logits: torch.Tensor, targets: torch.Tensor, shard: Shard, chunk_tokens: int, entropy_grad: bool
+        ctx: FunctionCtx, logits: torch.Tensor, targets: torch.Tensor, shard: Shard, entropy_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         column, owned = shard.locate(targets)
         local = empty_statistics(targets)
-        for rows in shard.chunks(targets.shape[0], chunk_tokens):
-            local[:, rows] = chunk_statistics(_fp32_copy(logits, rows, shard), column[rows])[0]
+        for rows, blocks in _blocks(logits, shard):
+            local[:, rows] = combine(torch.stack([block_statistics(_fp32_copy(logits, rows, block), column[rows], block) for block in blocks]))
         log_prob, norm = merge(local, targets, owned, shard)
         entropy = norm[2].clone()
-        _remember(ctx, (logits, targets, norm), shard, chunk_tokens, None if entropy_grad else entropy)
+        _remember(ctx, (logits, targets, norm), shard, None if entropy_grad else entropy)
         return log_prob, entropy
 
     @staticmethod
@@ -146,9 +150,10 @@ class _LogitsScores(torch.autograd.Function):
         logits = ctx.saved_tensors[0]
         given = _row_gradients(ctx, grad_log_prob, grad_entropy)
         grad_logits = torch.zeros_like(logits)  # [T, V_padded / tp], in the logits' dtype; padded columns stay 0
-        for rows in ctx.shard.chunks(logits.shape[0], ctx.chunk_tokens):
-            grad_logits[rows, : ctx.shard.true_columns] = given.chunk(_fp32_copy(logits, rows, ctx.shard), rows)
-        return grad_logits, None, None, None, None
+        for rows, blocks in _blocks(logits, ctx.shard):
+            for block in blocks:
+                grad_logits[rows, block] = given.block(_fp32_copy(logits, rows, block), rows, block)
+        return grad_logits, None, None, None
 
 
 class _LinearScores(torch.autograd.Function):
@@ -157,18 +162,16 @@ class _LinearScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-        shard: Shard, chunk_tokens: int, temperature: float, entropy_grad: bool,
+        shard: Shard, temperature: float, entropy_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         column, owned = shard.locate(targets)
-        true_weight = weight[: shard.true_columns]
         local = empty_statistics(targets)
-        for rows in shard.chunks(targets.shape[0], chunk_tokens):
-            logits = matmul_fp32(hidden[rows], true_weight.t()).div_(temperature)  # [c, true columns]
-            local[:, rows] = chunk_statistics(logits, column[rows])[0]
-            del logits  # or it would still be there while the next chunk's are made
-        log_prob, norm = merge(local, targets, owned, shard)
+        for rows, blocks in _blocks(hidden, shard):
+            parts = [block_statistics(logits_block(hidden[rows], weight, block, temperature), column[rows], block) for block in blocks]
+            local[:, rows] = combine(torch.stack(parts))
+        log_prob, norm = merge(local, targets, owned, shard, hidden)
         entropy = norm[2].clone()
-        _remember(ctx, (hidden, weight, targets, norm), shard, chunk_tokens, None if entropy_grad else entropy)
+        _remember(ctx, (hidden, weight, targets, norm), shard, None if entropy_grad else entropy)
         ctx.temperature = temperature
         ctx.parameter = weight  # the object that carries Megatron's attributes; a saved tensor need not be that object again
         return log_prob, entropy
@@ -177,36 +180,42 @@ class _LinearScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> Gradients:
         hidden, weight = ctx.saved_tensors[:2]
-        shard, temperature = ctx.shard, ctx.temperature
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        given = _row_gradients(ctx, grad_log_prob, grad_entropy, scale=1.0 / temperature)
-        true_weight = weight[: shard.true_columns]
+        given = _row_gradients(ctx, grad_log_prob, grad_entropy, scale=1.0 / ctx.temperature)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None  # [T, H]
         weight_total = weight_gradient_buffer(ctx.parameter) if needs_weight else None  # [V_padded / tp, H]
-        for rows in shard.chunks(hidden.shape[0], ctx.chunk_tokens):
-            grad_logits = given.chunk(matmul_fp32(hidden[rows], true_weight.t()).div_(temperature), rows)  # [c, true columns]
+        for rows, blocks in _blocks(hidden, ctx.shard):
+            rows_total = torch.zeros_like(hidden[rows], dtype=torch.float32)
+            for block in blocks:
+                logits = logits_block(hidden[rows], weight, block, ctx.temperature)
+                gradient = as_factor(given.block(logits, rows, block), weight.dtype)  # [c, b]
+                if grad_hidden is not None:
+                    add_matmul(rows_total, gradient, weight[block])
+                if weight_total is not None:
+                    add_matmul(weight_total[block], gradient.t(), hidden[rows])
             if grad_hidden is not None:
-                grad_hidden[rows] = matmul_fp32(grad_logits, true_weight)
-            if weight_total is not None:
-                add_matmul(weight_total[: shard.true_columns], grad_logits.t(), hidden[rows])
-            del grad_logits
+                grad_hidden[rows] = rows_total
         if grad_hidden is not None:
-            shard.all_reduce(grad_hidden, dist.ReduceOp.SUM)  # in hidden's dtype, as Megatron's own output layer does
+            ctx.shard.all_reduce(grad_hidden, dist.ReduceOp.SUM)  # in hidden's dtype, as Megatron's own output layer does
         grad_weight = None if weight_total is None else finished_weight_gradient(ctx.parameter, weight_total)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _remember(
-    ctx: FunctionCtx, tensors: tuple[torch.Tensor, ...], shard: Shard, chunk_tokens: int, cut_off: torch.Tensor | None
-) -> None:
+def _blocks(tensor: torch.Tensor, shard: Shard) -> list[tuple[slice, list[slice]]]:
+    """Rows of `tensor` `[T, ...]` and their blocks of columns; nothing where this rank holds padding only."""
+    chunks = [(rows, shard.blocks(rows.stop - rows.start, tensor.device)) for rows in shard.row_chunks(len(tensor), vocab_shard.BLOCK_TOKENS)]
+    return [chunk for chunk in chunks if chunk[1]]
+
+
+def _remember(ctx: FunctionCtx, tensors: tuple[torch.Tensor, ...], shard: Shard, cut_off: torch.Tensor | None) -> None:
     """What both forms keep for backward; `cut_off` is a result without gradient."""
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)  # None instead of zeros saves backward the entropy's part
-    ctx.shard, ctx.chunk_tokens = shard, chunk_tokens
+    ctx.shard = shard
     if cut_off is not None:
         ctx.mark_non_differentiable(cut_off)
 
 
-def _fp32_copy(logits: torch.Tensor, rows: slice, shard: Shard) -> torch.Tensor:
-    """`[c, true columns]` fp32, always memory of its own: the caller's logits must not change."""
-    return logits[rows, : shard.true_columns].to(torch.float32, copy=True)
+def _fp32_copy(logits: torch.Tensor, rows: slice, block: slice) -> torch.Tensor:
+    """`[c, b]` fp32, always memory of its own: the caller's logits must not change."""
+    return logits[rows, block].to(torch.float32, copy=True)

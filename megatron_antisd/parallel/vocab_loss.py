@@ -3,25 +3,37 @@
 All that a token's loss needs besides its log-prob is known before the forward pass (old log-prob, teacher, advantage of its sequence, global
 denominator). So as soon as a chunk of logits is there, so is the loss's derivative by each log-prob, and the gradients to hidden states
 and weight are formed on the spot: three products with the weight instead of the four of scoring, forgetting and scoring again.
+
+A chunk holds the logits of as many tokens as fit in `chunk_bytes`. Each block of its columns goes twice through the cache: from the product to
+exp(x - its maximum), and, when the token's statistics are known, from there to the gradient and the two products with it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, matmul_fp32, weight_gradient_buffer
+from megatron_antisd.models.gradient import add_matmul, as_factor, finished_weight_gradient, weight_gradient_buffer
 from megatron_antisd.parallel.vocab_shard import (
+    DEFAULT_CHUNK_BYTES,
+    EXP_FLOOR,
+    NonFiniteHiddenError,
     Shard,
+    block_statistics,
     check_agreement,
     check_linear_inputs,
-    chunk_statistics,
+    combine,
     empty_statistics,
+    in_block,
+    logits_block,
     merge_chunk,
 )
+
+_log = logging.getLogger(__name__)
 
 TokenLoss = Callable[[slice, torch.Tensor], torch.Tensor]
 """(rows, their log-probs `[c]` fp32 with gradient) -> the sum of their losses, a scalar; pure, called once for every chunk in order."""
@@ -35,20 +47,25 @@ def linear_policy_loss(
     vocab_size: int,
     token_loss: TokenLoss,
     *,
-    chunk_tokens: int = 1024,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, log_prob `[T]`, entropy `[T]`), fp32 and the same on every rank of `group`; only the loss has a gradient.
 
-    As `linear_log_prob_and_entropy` followed by `token_loss` on all its log-probs, to rounding; the other arguments are the same. The weight's
-    gradient is added to `weight.main_grad`, where Megatron provides it, in the forward pass already. Hence the loss must be
-    back-propagated once, with a factor of 1: another one raises RuntimeError (on a GPU a device-side assertion).
+    As `linear_log_prob_and_entropy` followed by `token_loss` on all its log-probs, to rounding; the other arguments are the same. `chunk_bytes`
+    bounds the fp32 logits that exist at once. The weight's gradient is added to `weight.main_grad`, where Megatron provides it, in the forward
+    pass already. Hence the loss must be back-propagated once, with a factor of 1: another one raises RuntimeError (on a GPU a
+    device-side assertion).
 
-    Raises ValueError as `linear_log_prob_and_entropy` does.
+    Raises ValueError as `linear_log_prob_and_entropy` does, and for a `chunk_bytes` too small for one token. Hidden states that are not finite
+    are not an error here, since a training step with a loss that is not finite is skipped as a whole: they are named in a warning.
     """
-    check_linear_inputs(hidden, weight, targets, chunk_tokens, temperature)
+    check_linear_inputs(hidden, weight, targets, temperature)
     shard = Shard.of(weight.shape[0], vocab_size, group)
-    check_agreement(targets, shard)
+    chunk_tokens = shard.chunk_tokens(chunk_bytes)
+    broken = check_agreement(targets, shard, hidden)
+    if broken is not None:
+        _log.warning("%s; the loss of this step will not be finite", NonFiniteHiddenError(broken, len(targets)))
     return _PolicyLoss.apply(hidden, weight, targets, shard, token_loss, chunk_tokens, temperature)
 
 
@@ -58,37 +75,27 @@ class _PolicyLoss(torch.autograd.Function):
         ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shard: Shard, token_loss: TokenLoss,
         chunk_tokens: int, temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        tokens, true_weight = targets.shape[0], weight[: shard.true_columns]
+        tokens = targets.shape[0]
         column, owned = shard.locate(targets)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None  # [T, H]
         weight_total = weight_gradient_buffer(weight) if needs_weight else None  # [V_padded / tp, H]
         log_prob, entropy = torch.empty(2, tokens, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, tokens, chunk_tokens):  # ranks of padding only take part in the collectives
-            rows = slice(start, min(start + chunk_tokens, tokens))
-            local, exponential = empty_statistics(targets[rows]), None
-            if shard.true_columns:
-                logits = matmul_fp32(hidden[rows], true_weight.t()).div_(temperature)  # [c, true columns]
-                local, exponential = chunk_statistics(logits, column[rows])
-                del logits
-            log_prob[rows], norm = merge_chunk(local, owned[rows], shard)
-            entropy[rows] = norm[2]
+        reductions: list[dist.Work] = []
+        for rows in shard.row_chunks(tokens, chunk_tokens):  # ranks of padding only take part in the collectives
+            chunk = _Chunk(hidden[rows], weight, column[rows], owned[rows], shard, temperature)
+            log_prob[rows], entropy[rows] = chunk.scores()
             part, slope = _value_and_slope(token_loss, rows, log_prob[rows])
             loss += part
-            if exponential is None:
-                continue
-            slope = slope / temperature
-            # p = exp(x - m_r) exp(m_r - m) / Z, in the memory of the exponentials; gradient of the logits: slope ([v = target] - p)
-            scale = (local[0] - norm[0]).exp() * (-norm[1]).exp()
-            grad_logits = exponential.mul_((-slope * scale)[:, None]).scatter_add_(1, column[rows, None], (slope * owned[rows])[:, None])
+            total = chunk.gradients(slope / temperature, needs_hidden, weight_total)
+            del chunk  # or its logits would still be there while the next one's are made
             if grad_hidden is not None:
-                grad_hidden[rows] = matmul_fp32(grad_logits, true_weight)
-            if weight_total is not None:
-                add_matmul(weight_total[: shard.true_columns], grad_logits.t(), hidden[rows])
-            del exponential, grad_logits
-        if grad_hidden is not None:
-            shard.all_reduce(grad_hidden, dist.ReduceOp.SUM)  # in hidden's dtype, as Megatron's own output layer does
+                grad_hidden[rows] = total
+                if shard.is_split:  # beside the next chunk's products; in hidden's dtype, as Megatron's own output layer does
+                    reductions.append(dist.all_reduce(grad_hidden[rows], group=shard.group, async_op=True))
+        for reduction in reductions:
+            reduction.wait()
         ctx.parameter, ctx.weight_total = weight, weight_total
         ctx.save_for_backward(*([grad_hidden] if grad_hidden is not None else []))
         ctx.mark_non_differentiable(log_prob, entropy)
@@ -102,6 +109,42 @@ class _PolicyLoss(torch.autograd.Function):
         grad_weight = None if ctx.weight_total is None else finished_weight_gradient(ctx.parameter, ctx.weight_total)
         ctx.weight_total = None
         return grad_hidden, grad_weight, None, None, None, None, None
+
+
+class _Chunk:
+    """Some tokens from their logits to their part of the gradients."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, column: torch.Tensor, owned: torch.Tensor, shard: Shard, temperature: float) -> None:
+        self._hidden, self._weight, self._column, self._owned, self._shard = hidden, weight, column, owned, shard
+        self._blocks = shard.blocks(len(hidden), hidden.device)
+        self._exponential = torch.empty(len(hidden), shard.true_columns, dtype=torch.float32, device=hidden.device)
+        """[c, true columns]: exp(x - the maximum of the block)."""
+        self._parts = [block_statistics(logits_block(hidden, weight, block, temperature, out=self._exponential[:, block]), column, block)
+                       for block in self._blocks]
+
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob and entropy, `[c]` each. Collective."""
+        local = combine(torch.stack(self._parts)) if self._parts else empty_statistics(self._column)
+        log_prob, self._norm = merge_chunk(local, self._owned, self._shard)
+        return log_prob, self._norm[2]
+
+    def gradients(self, slope: torch.Tensor, needs_hidden: bool, weight_total: torch.Tensor | None) -> torch.Tensor | None:
+        """This shard's part of the hidden states' gradient `[c, H]` fp32; the weight's is added to `weight_total`. `slope` `[c]`: the loss's
+        derivative by each log-prob, over the temperature. Uses the logits up."""
+        total = torch.zeros_like(self._hidden, dtype=torch.float32) if needs_hidden else None
+        # p = exp(x - m_b) exp(m_b - m) / Z; gradient of the logits: slope ([v = target] - p)
+        base, at_target = -slope * (-self._norm[1]).exp(), slope * self._owned
+        for block, part in zip(self._blocks, self._parts, strict=True):
+            scale = base * (part[0] - self._norm[0]).clamp_(min=EXP_FLOOR).exp()
+            place, inside = in_block(self._column, block)
+            gradient = self._exponential[:, block].mul_(scale[:, None])
+            gradient.scatter_add_(1, place[:, None], torch.where(inside, at_target, 0.0)[:, None])
+            factor = as_factor(gradient, self._weight.dtype)
+            if total is not None:
+                add_matmul(total, factor, self._weight[block])
+            if weight_total is not None:
+                add_matmul(weight_total[block], factor.t(), self._hidden)
+        return total
 
 
 def _value_and_slope(token_loss: TokenLoss, rows: slice, log_prob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""One rank's columns of the vocabulary: statistics of a chunk of logits, and the same over all ranks. See `parallel.vocab` for the formulas."""
+"""One rank's columns of the vocabulary: statistics of logits by blocks of columns, and the same over all ranks. `parallel.vocab` has the formulas."""
 
 from __future__ import annotations
 
@@ -9,8 +9,25 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_antisd.models.gradient import matmul_fp32
+
 EXP_FLOOR = -1000.0
 """Stands for -inf where a shifted logit is multiplied by its exponential: exp(-1000) is 0 in fp32, and 0 * -1000 is not NaN."""
+
+DEFAULT_CHUNK_BYTES = 512 << 20
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
+"""fp32 logits that are worked on between two products: they stay in the cache of a CPU core or of a GPU."""
+BLOCK_TOKENS, BLOCK_COLUMNS = 1024, 512
+"""Most rows of a block whose logits are not kept, and fewest columns: products of narrower blocks are slow."""
+
+
+class NonFiniteHiddenError(ValueError):
+    """Hidden states hold NaN or infinity; `row` is the first one's number."""
+
+    def __init__(self, row: int, rows: int) -> None:
+        super().__init__(f"rank {_rank()}: hidden states are not finite, first in row {row} of {rows}; the weights or an earlier layer's "
+                         "activations are not finite either")
+        self.row = row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +50,30 @@ class Shard:
         start = 0 if group is None else dist.get_rank(group) * columns
         return cls(group=group, columns=columns, start=start, true_columns=min(max(vocab_size - start, 0), columns), vocab_size=vocab_size)
 
+    @property
+    def is_split(self) -> bool:
+        return self.group is not None and dist.get_world_size(self.group) > 1
+
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp) -> None:
-        if self.group is not None and dist.get_world_size(self.group) > 1:
+        if self.is_split:
             dist.all_reduce(tensor, op=op, group=self.group)
 
-    def chunks(self, tokens: int, chunk_tokens: int) -> Iterator[slice]:
-        """Rows of each chunk; none where this rank holds padding only."""
-        if self.true_columns:
-            for start in range(0, tokens, chunk_tokens):
-                yield slice(start, min(start + chunk_tokens, tokens))
+    def chunk_tokens(self, chunk_bytes: int) -> int:
+        """Tokens whose fp32 logits take at most `chunk_bytes`, the same on every rank. Raises ValueError where that is none."""
+        row = 4 * self.columns
+        if chunk_bytes < row:
+            raise ValueError(f"chunk_bytes is {chunk_bytes}, too small for one token, whose logits take {row} bytes ({self.columns} columns of "
+                             f"this rank, fp32); give at least that (in a configuration: trainer.vocab_chunk_bytes)")  # fmt: skip
+        return chunk_bytes // row
+
+    def row_chunks(self, tokens: int, size: int) -> list[slice]:
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    def blocks(self, rows: int, device: torch.device) -> list[slice]:
+        """True columns of each block for `rows` rows; none where this rank holds padding only."""
+        width = max(BLOCK_COLUMNS, BLOCK_BYTES[device.type] // (4 * max(rows, 1)))
+        width = -(-self.true_columns // max(1, -(-self.true_columns // width)))  # no narrow last one
+        return [slice(start, min(start + width, self.true_columns)) for start in range(0, self.true_columns, max(width, 1))]
 
     def locate(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Local column of each target `[T]`, some valid column where another rank holds it, and whether it is ours `[T]` bool."""
@@ -50,24 +82,51 @@ class Shard:
         return column.clamp_(0, max(self.true_columns - 1, 0)), owned
 
 
-def chunk_statistics(logits: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[c, columns]` fp32 logits of one shard, overwritten, and `column` `[c]` -> `[4, c]`:
-    maximum m, sum exp(x - m), sum (x - m) exp(x - m), the logit at `column`; and `[c, columns]` exp(x - m)."""
+def in_block(column: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[c]` local columns -> their places in the block `[c]` (some valid one where outside), and whether they are inside `[c]` bool."""
+    place = column - block.start
+    width = block.stop - block.start
+    return place.clamp(0, width - 1), (place >= 0) & (place < width)
+
+
+def logits_block(hidden: torch.Tensor, weight: torch.Tensor, block: slice, temperature: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`[c, H]` and `[columns, H]` -> `[c, b]` fp32 logits of the block's columns, divided by the temperature."""
+    logits = matmul_fp32(hidden, weight[block].t(), out=out)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def block_statistics(logits: torch.Tensor, column: torch.Tensor, block: slice) -> torch.Tensor:
+    """`[c, b]` fp32 logits of a block and the local `column` `[c]` of the targets -> `[4, c]`: maximum m, sum exp(x - m),
+    sum (x - m) exp(x - m), the logit at `column` or 0 where it is outside. The logits are overwritten with exp(x - m)."""
+    place, inside = in_block(column, block)
     peak = logits.amax(dim=1)
-    at_column = logits.gather(1, column[:, None]).squeeze(1)
+    at_column = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), 0.0)
     # A row of -inf alone has no maximum to subtract: leave it, its sums are 0.
-    logits.sub_(peak.masked_fill(peak == -math.inf, 0.0)[:, None]).clamp_(min=EXP_FLOOR)
-    exponential = logits.exp()
-    return torch.stack([peak, exponential.sum(dim=1), torch.linalg.vecdot(logits, exponential), at_column]), exponential
+    shifted = torch.sub(logits, _finite(peak)[:, None]).clamp_(min=EXP_FLOOR)
+    torch.exp(shifted, out=logits)
+    total = logits.sum(dim=1)
+    return torch.stack([peak, total, shifted.mul_(logits).sum(dim=1), at_column])
 
 
-def merge(local: torch.Tensor, targets: torch.Tensor, owned: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every shard's statistics `[4, T]` -> log_prob `[T]` and what backward needs `[3, T]`: maximum, log Z - maximum, entropy."""
-    # Three numbers travel with the maxima, so that a fault on one rank raises on all of them without a collective of its own.
-    maxima = torch.cat([local[0], _header(targets, shard)])  # [T + 3]
+def combine(parts: torch.Tensor) -> torch.Tensor:
+    """Statistics `[n, 4, c]` of n blocks -> `[4, c]` of all their columns."""
+    peak = parts[:, 0].amax(dim=0)
+    sums = _sums_around(peak, parts[:, 0], parts[:, 1], parts[:, 2])
+    return torch.stack([peak, *(s.sum(dim=0) for s in sums), parts[:, 3].sum(dim=0)])
+
+
+def merge(local: torch.Tensor, targets: torch.Tensor, owned: torch.Tensor, shard: Shard,
+          hidden: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every shard's statistics `[4, T]` -> log_prob `[T]` and what backward needs `[3, T]`: maximum, log Z - maximum, entropy.
+    Raises as `check_agreement`, and NonFiniteHiddenError for the hidden states the logits were made of."""
+    # Some numbers travel with the maxima, so that a fault on one rank raises on all of them without a collective of its own.
+    header = _header(targets, shard, hidden)
+    maxima = torch.cat([local[0], header])
     shard.all_reduce(maxima, dist.ReduceOp.MAX)
-    _check_header(maxima[-3:].tolist(), targets, shard)
-    return _merge_around(maxima[:-3], local, owned, shard)
+    broken = _check_header(maxima[-len(header) :].tolist(), targets, shard)
+    if broken is not None:
+        raise NonFiniteHiddenError(broken, len(targets))
+    return _merge_around(maxima[: -len(header)], local, owned, shard)
 
 
 def merge_chunk(local: torch.Tensor, owned: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,25 +136,29 @@ def merge_chunk(local: torch.Tensor, owned: torch.Tensor, shard: Shard) -> tuple
     return _merge_around(peak, local, owned, shard)
 
 
-def check_agreement(targets: torch.Tensor, shard: Shard) -> None:
-    """Raises ValueError on every rank for a target outside the vocabulary or shards of different size on one of them."""
-    header = _header(targets, shard)
+def check_agreement(targets: torch.Tensor, shard: Shard, hidden: torch.Tensor) -> int | None:
+    """The first row of hidden states that is not finite, or None. Raises ValueError on every rank for a target outside the vocabulary or shards
+    of different size on one of them."""
+    header = _header(targets, shard, hidden)
     shard.all_reduce(header, dist.ReduceOp.MAX)
-    _check_header(header.tolist(), targets, shard)
+    return _check_header(header.tolist(), targets, shard)
 
 
-def _header(targets: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """`[3]` fp32 whose maximum over the ranks tells."""
+def _header(targets: torch.Tensor, shard: Shard, hidden: torch.Tensor | None) -> torch.Tensor:
+    """`[4]` fp32 whose maximum over the ranks tells: most and fewest columns, targets outside, rows from the first broken one on."""
     invalid = ((targets < 0) | (targets >= shard.vocab_size)).sum()
-    return torch.stack([invalid.new_tensor(shard.columns), invalid.new_tensor(-shard.columns), invalid]).float()
+    tokens = targets.shape[0]
+    if hidden is None or not tokens:
+        remaining = torch.zeros_like(invalid)
+    else:
+        broken = ~hidden.isfinite().all(dim=1)
+        remaining = torch.where(broken.any(), tokens - broken.int().argmax(), 0)
+    return torch.stack([invalid.new_tensor(shard.columns), invalid.new_tensor(-shard.columns), invalid, remaining]).float()
 
 
 def _merge_around(peak: torch.Tensor, local: torch.Tensor, owned: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
-    # From this shard's maximum m_r to the global m: x - m = (x - m_r) + (m_r - m). No term cancels another: both are <= 0.
-    shift = (local[0] - peak).clamp_(min=EXP_FLOOR)
-    scale = shift.exp()
     shifted_target = torch.where(owned, local[3] - peak, 0.0)
-    sums = torch.stack([scale * local[1], scale * (local[2] + shift * local[1]), shifted_target])  # [3, T]
+    sums = torch.stack([*_sums_around(peak, *local[:3]), shifted_target])  # [3, T]
     shard.all_reduce(sums, dist.ReduceOp.SUM)
 
     log_sum = sums[0].log()  # log Z - m: kept apart from m, since m + log_sum would lose the digits of log_sum beside a large m
@@ -103,8 +166,20 @@ def _merge_around(peak: torch.Tensor, local: torch.Tensor, owned: torch.Tensor, 
     return sums[2] - log_sum, torch.stack([peak, log_sum, entropy])
 
 
-def _check_header(header: list[float], targets: torch.Tensor, shard: Shard) -> None:
-    most, least, invalid = int(header[0]), -int(header[1]), int(header[2])
+def _sums_around(peak: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of exp(x - m) and (x - m) exp(x - m) for a larger m, `peak`, than the one they were taken around."""
+    # x - peak = (x - m) + (m - peak). No term cancels another: both are <= 0.
+    shift = (maximum - _finite(peak)).clamp_(min=EXP_FLOOR)
+    scale = shift.exp()
+    return scale * total, scale * (weighted + shift * total)
+
+
+def _finite(peak: torch.Tensor) -> torch.Tensor:
+    return peak.masked_fill(peak == -math.inf, 0.0)
+
+
+def _check_header(header: list[float], targets: torch.Tensor, shard: Shard) -> int | None:
+    most, least, invalid, remaining = int(header[0]), -int(header[1]), int(header[2]), int(header[3])
     if most != least:
         raise ValueError(f"vocabulary shards differ in size: {least} to {most} columns, here {shard.columns}; "
                          "pad the vocabulary to a multiple of the tensor-parallel size")  # fmt: skip
@@ -116,6 +191,7 @@ def _check_header(header: list[float], targets: torch.Tensor, shard: Shard) -> N
         span = f"here they span {int(targets.min())} to {int(targets.max())}" if targets.numel() else "here there are none"
         raise ValueError(f"{invalid} target(s) lie outside the vocabulary, expected ids from 0 to {shard.vocab_size - 1}; {span}. "
                          "Targets are global ids and never padding")  # fmt: skip
+    return targets.shape[0] - remaining if remaining else None
 
 
 def empty_statistics(targets: torch.Tensor) -> torch.Tensor:
@@ -125,22 +201,24 @@ def empty_statistics(targets: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def check_inputs(name: str, tensor: torch.Tensor, targets: torch.Tensor, chunk_tokens: int) -> None:
+def check_inputs(name: str, tensor: torch.Tensor, targets: torch.Tensor) -> None:
     """Raises ValueError for shapes and dtypes that do not fit."""
     if tensor.dim() != 2 or not tensor.is_floating_point():
         raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected a floating-point tensor of two dimensions [T, ...]")
     if targets.shape != tensor.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets are {tuple(targets.shape)} {targets.dtype}, expected ({tensor.shape[0]},) torch.int64: one global id "
                          f"for each row of {name} {tuple(tensor.shape)}")  # fmt: skip
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
 
 
-def check_linear_inputs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int, temperature: float) -> None:
+def check_linear_inputs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float) -> None:
     """The same where logits are a product."""
-    check_inputs("hidden", hidden, targets, chunk_tokens)
+    check_inputs("hidden", hidden, targets)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
         raise ValueError(f"weight is {tuple(weight.shape)} {weight.dtype}, expected [V_padded / tp, {hidden.shape[1]}] {hidden.dtype} "
                          f"to go with hidden {tuple(hidden.shape)}; cast or transpose one of them")  # fmt: skip
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}, expected a positive finite number; greedy decoding has no entropy to score")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

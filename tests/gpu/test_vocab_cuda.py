@@ -31,9 +31,9 @@ def test_scores_and_gradients_as_float64(dtype: torch.dtype, tolerance: float, t
     slope = upstream.cuda()
     if training_form:
         loss, log_prob, entropy = linear_policy_loss(
-            h, w, targets.cuda(), None, VOCAB, lambda rows, part: (part * slope[rows]).sum(), chunk_tokens=100)
+            h, w, targets.cuda(), None, VOCAB, lambda rows, part: (part * slope[rows]).sum(), chunk_bytes=100 * 4 * VOCAB)
     else:
-        log_prob, entropy = linear_log_prob_and_entropy(h, w, targets.cuda(), None, VOCAB, entropy_grad=False, chunk_tokens=100)
+        log_prob, entropy = linear_log_prob_and_entropy(h, w, targets.cuda(), None, VOCAB, entropy_grad=False)
         loss = (log_prob * slope).sum()
     loss.backward()
     assert (log_prob.double().cpu() - expected).abs().max() < tolerance

@@ -32,7 +32,7 @@ def configuration(checkpoint: str, overrides: list[str]) -> RunConfig:
 
     raw: dict = {
         "model": {"path": checkpoint, "dtype": "float32"}, "data": {"train": ["none"]},
-        "optimizer": {"lr": 1e-3, "clip_grad": 1.0}, "trainer": {"micro_batch_tokens": 60, "score_micro_batch_tokens": 90, "vocab_chunk_tokens": 16},
+        "optimizer": {"lr": 1e-3, "clip_grad": 1.0}, "trainer": {"micro_batch_tokens": 60, "score_micro_batch_tokens": 90, "vocab_chunk_bytes": 4096},
         "parallel": {"timeout_seconds": 60},
     }
     for text in overrides:

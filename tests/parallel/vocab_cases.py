@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_antisd.parallel import vocab_shard
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, log_prob_and_entropy
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
@@ -24,6 +25,8 @@ class Case:
     """None: from logits. A number: the linear form, of this hidden size."""
     scale: float = 3.0
     chunk_tokens: int = 5
+    """Rows of a chunk or block; its columns come in blocks of `block_columns`."""
+    block_columns: int = 11
     entropy_grad: bool = True
     temperature: float = 1.0
     dtype: torch.dtype = torch.float32
@@ -38,12 +41,12 @@ class Case:
 
 CASES = [
     Case(name="logits"),
-    Case(name="logits, one chunk", chunk_tokens=1024),
+    Case(name="logits, one block", chunk_tokens=1024, block_columns=64),
     Case(name="logits, ranks of padding only", vocab_size=9, padded=16),
     Case(name="logits, one id", vocab_size=1, padded=4),
     Case(name="logits, no padding", vocab_size=64, padded=64),
     Case(name="logits, no tokens", tokens=0),
-    Case(name="logits, wide", tokens=30, vocab_size=5003, padded=5120, chunk_tokens=8),
+    Case(name="logits, wide", tokens=30, vocab_size=5003, padded=5120, chunk_tokens=8, block_columns=700),
     Case(name="logits of 1e4", scale=1e4),
     Case(name="logits, entropy cut", entropy_grad=False),
     Case(name="logits, -inf", infinite=True),
@@ -53,15 +56,15 @@ CASES = [
     Case(name="linear, no tokens", hidden=8, tokens=0),
     Case(name="linear, temperature", hidden=24, scale=0.5, temperature=0.6, tolerance=5e-6),
     Case(name="linear, entropy cut", hidden=24, scale=0.5, entropy_grad=False, tolerance=5e-6),
-    Case(name="linear, wide", hidden=64, scale=0.3, tokens=40, vocab_size=5003, padded=5120, chunk_tokens=16, tolerance=5e-6),
+    Case(name="linear, wide", hidden=64, scale=0.3, tokens=40, vocab_size=5003, padded=5120, chunk_tokens=16, block_columns=512, tolerance=5e-6),
     Case(name="linear, logits of 1e4", hidden=24, scale=40.0, tolerance=5e-6),
     Case(name="linear, bf16", hidden=24, scale=0.5, dtype=torch.bfloat16, tolerance=5e-6, grad_tolerance=1e-2),
     Case(name="loss", hidden=24, scale=0.5, loss=True, tolerance=5e-6),
     Case(name="loss, ranks of padding only", hidden=8, vocab_size=9, padded=16, loss=True, tolerance=5e-6),
     Case(name="loss, no tokens", hidden=8, tokens=0, loss=True),
     Case(name="loss, temperature", hidden=24, scale=0.5, temperature=0.6, loss=True, tolerance=5e-6),
-    Case(name="loss, wide", hidden=64, scale=0.3, tokens=40, vocab_size=5003, padded=5120, chunk_tokens=16, loss=True, tolerance=5e-6),
-    Case(name="loss, one chunk", hidden=24, scale=0.5, chunk_tokens=1024, loss=True, tolerance=5e-6),
+    Case(name="loss, wide", hidden=64, scale=0.3, tokens=40, vocab_size=5003, padded=5120, chunk_tokens=16, block_columns=512, loss=True, tolerance=5e-6),
+    Case(name="loss, one chunk", hidden=24, scale=0.5, chunk_tokens=1024, block_columns=64, loss=True, tolerance=5e-6),
     Case(name="loss, logits of 1e4", hidden=24, scale=40.0, loss=True, tolerance=5e-6),
     Case(name="loss, bf16", hidden=24, scale=0.5, dtype=torch.bfloat16, loss=True, tolerance=5e-6, grad_tolerance=1e-2),
 ]
@@ -74,6 +77,11 @@ def oracle(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
     return log_p.gather(1, targets[:, None]).squeeze(1), -terms.sum(dim=-1)
 
 
+def small_blocks(tokens: int, columns: int) -> None:
+    """Blocks as small as the cases are, for the rest of this process: their borders are what is tested. The defaults hold whole cases."""
+    vocab_shard.BLOCK_TOKENS, vocab_shard.BLOCK_COLUMNS, vocab_shard.BLOCK_BYTES = tokens, columns, {"cpu": 4 * tokens * columns}
+
+
 def check(case: Case, group: dist.ProcessGroup | None) -> float:
     """Hold one case against the oracle on the ranks of `group`, forward and backward; the largest scaled error."""
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
@@ -83,13 +91,14 @@ def check(case: Case, group: dist.ProcessGroup | None) -> float:
     local = _local_leaves(case, leaves, slice(rank * columns, (rank + 1) * columns))
     before = [leaf.detach().clone() for leaf in local]
     weights = torch.randn(2, case.tokens, generator=generator)
-    options = dict(entropy_grad=case.entropy_grad, chunk_tokens=case.chunk_tokens)
+    options = dict(entropy_grad=case.entropy_grad)
+    small_blocks(case.chunk_tokens, case.block_columns)
     entropy_weights = weights[1] * (case.entropy_grad and not case.loss)
     loss = None
     if case.loss:
         loss, log_prob, entropy = linear_policy_loss(
             *local, targets, group, case.vocab_size, lambda rows, part: (weights[0][rows] * part).sum(), temperature=case.temperature,
-            chunk_tokens=case.chunk_tokens)
+            chunk_bytes=4 * columns * case.chunk_tokens)
     elif case.hidden is None:
         log_prob, entropy = log_prob_and_entropy(local[0], targets, group, case.vocab_size, **options)
     else:

@@ -69,9 +69,9 @@ def check(tied: bool, overlap: bool, fused: bool) -> None:
 
 def loss(weight: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup, tied: bool, fused: bool) -> torch.Tensor:
     if fused:
-        total, _, _ = linear_policy_loss(hidden, weight, targets, group, VOCAB, lambda rows, log_prob: log_prob.sum(), chunk_tokens=5)
+        total, _, _ = linear_policy_loss(hidden, weight, targets, group, VOCAB, lambda rows, log_prob: log_prob.sum(), chunk_bytes=5 * 4 * COLUMNS)
     else:
-        log_prob, entropy = linear_log_prob_and_entropy(hidden, weight, targets, group, VOCAB, chunk_tokens=5)
+        log_prob, entropy = linear_log_prob_and_entropy(hidden, weight, targets, group, VOCAB)
         total = log_prob.sum() + 0.3 * entropy.sum()
     # A second use of the weight through autograd, as a tied embedding has.
     return total + torch.nn.functional.embedding(torch.arange(4), weight).pow(2).sum() if tied else total

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from vocab_cases import CASES, check
+from vocab_cases import CASES, check, small_blocks
 
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, log_prob_and_entropy
 
@@ -30,6 +30,7 @@ def main() -> None:
 
 def count_collectives(group: dist.ProcessGroup) -> None:
     """Two all-reduces forward and one backward, however many chunks."""
+    small_blocks(tokens=3, columns=2)
     shapes: list[tuple[int, ...]] = []
     original = dist.all_reduce
 
@@ -41,14 +42,14 @@ def count_collectives(group: dist.ProcessGroup) -> None:
     try:
         hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
         targets = torch.zeros(20, dtype=torch.int64)
-        log_prob, entropy = linear_log_prob_and_entropy(hidden, weight, targets, group, 15, chunk_tokens=3)
-        assert shapes == [(23,), (3, 20)], shapes
+        log_prob, entropy = linear_log_prob_and_entropy(hidden, weight, targets, group, 15)
+        assert shapes == [(24,), (3, 20)], shapes
         (log_prob + entropy).sum().backward()
         assert shapes[2:] == [(20, 8)], shapes
         shapes.clear()
-        log_prob, entropy = log_prob_and_entropy(torch.randn(20, 4, requires_grad=True), targets, group, 15, chunk_tokens=3)
+        log_prob, entropy = log_prob_and_entropy(torch.randn(20, 4, requires_grad=True), targets, group, 15)
         (log_prob + entropy).sum().backward()
-        assert shapes == [(23,), (3, 20)], shapes
+        assert shapes == [(24,), (3, 20)], shapes
     finally:
         dist.all_reduce = original
 
