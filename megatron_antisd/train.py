@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_antisd import stages
 from megatron_antisd.config import load_config
 from megatron_antisd.evaluate import evaluate, is_due
-from megatron_antisd.metrics import MetricsWriter, StageTimer
+from megatron_antisd.metrics import MetricsWriter, StageTimer, StepProfiler
 from megatron_antisd.run import SETUP_ERRORS, Run, build_run, set_up_logging, write_config
 
 
@@ -22,22 +22,27 @@ def train(run: Run, metrics: MetricsWriter) -> None:
     """Steps `run.progress.step + 1` to `config.run.steps`."""
     if not run.resumed:
         evaluate(run, metrics, step=0)
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
+    profile = StepProfiler(run.config.profile, run.config.directory, rank=dist.get_rank(), barrier=dist.barrier)
     for step in range(run.progress.step + 1, run.config.run.steps + 1):
-        timer = StageTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
-        with timer("generate"):  # y_1 .. y_G ~ pi_S(. | x)
-            groups = stages.generate(run, step)
-        with timer("grade"):  # R_i and the feedback on it
-            graded = stages.grade(run, groups, step)
-        with timer("teacher"):  # t_t = log pi_T(y_t | x, c, y_<t) and exact entropies
-            teacher = stages.score_teacher(run, graded.groups, step)
-            student = stages.score_student(run, graded.groups)
-        gate = stages.decide_gate(run, teacher, student)  # lambda = g * lambda_max
-        lambda_ = gate.lambda_ if gate is not None and not run.config.algorithm.shadow else 0.0
-        with timer("step"):  # A_i,t = A_seq_i - lambda phi(u_i,t), clipped policy gradient
-            batches, stats = stages.update(run, graded.groups, teacher, student, lambda_, step)
-        with timer("sync"):  # the new policy into the engine
-            probe = stages.sync(run, stats)
-        row, seconds = stages.figures(run, graded, teacher, gate, lambda_, batches, stats, probe), timer.seconds()
+        with profile(step) as named_range, StageTimer(synchronize, named_range) as timer:
+            with timer("generate"):  # y_1 .. y_G ~ pi_S(. | x)
+                groups = stages.generate(run, step)
+            with timer("grade"):  # R_i and the feedback on it
+                graded = stages.grade(run, groups, step)
+            with timer("teacher"):  # t_t = log pi_T(y_t | x, c, y_<t) and exact entropies
+                teacher = stages.score_teacher(run, graded.groups, step)
+                student = stages.score_student(run, graded.groups)
+            with timer("gate"):  # lambda = g * lambda_max
+                gate = stages.decide_gate(run, teacher, student)
+                lambda_ = gate.lambda_ if gate is not None and not run.config.algorithm.shadow else 0.0
+            with timer("step"):  # A_i,t = A_seq_i - lambda phi(u_i,t), clipped policy gradient
+                batches, stats = stages.update(run, graded.groups, teacher, student, lambda_, step)
+            with timer("sync"):  # the new policy into the engine
+                probe = stages.sync(run, stats)
+            with timer("figures"):
+                row = stages.figures(run, graded, teacher, gate, lambda_, batches, stats, probe)
+        seconds = timer.seconds()
         metrics.log(step, {**row, "tokens_per_second": row["tokens"] / seconds["seconds_total"], **seconds})
         stages.stop_if_broken(run, stats)
         if is_due(run, step):

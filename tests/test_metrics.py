@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,13 @@ def test_new_run_does_not_inherit_checkpoints(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists() and (tmp_path / "checkpoints.old-1/step_000080").is_dir()
 
 
+def test_new_run_does_not_mix_its_traces_with_an_earlier_runs(tmp_path: Path) -> None:
+    (tmp_path / "profile").mkdir()
+    with open_writer(tmp_path) as writer:
+        train(writer, range(0, 1))
+    assert not (tmp_path / "profile").exists() and (tmp_path / "profile.old-1").is_dir()
+
+
 def test_other_ranks_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_writer(tmp_path / "rank1", is_writer=False, config=LoggingConfig(wandb_project="never-opened")) as writer:
         train(writer, range(0, 3))
@@ -273,3 +282,33 @@ def test_stage_timer() -> None:
     assert seconds["seconds_teacher"] is None and seconds["seconds_grade"] is None
     assert seconds["seconds_total"] >= seconds["seconds_generate"]
     assert len(calls) == 8
+
+
+def test_stage_timer_marks_stages_and_ends_with_its_block() -> None:
+    open_, seen = [], []
+
+    @contextlib.contextmanager
+    def named_range(name: str) -> Iterator[None]:
+        open_.append(name)
+        yield
+        seen.append(open_.pop())
+
+    with StageTimer(named_range=named_range) as timer:
+        with timer("generate"):
+            assert open_ == ["generate"]
+        with timer("figures"), timer("grade", hidden=True):
+            assert open_ == ["figures", "grade"]
+    assert seen == ["generate", "grade", "figures"]
+    seconds = timer.seconds()
+    time.sleep(0.01)
+    assert timer.seconds() == seconds, "the step is over"
+    assert seconds["seconds_total"] >= seconds["seconds_generate"] + seconds["seconds_figures"]
+
+
+def test_a_stage_inside_a_stage_would_count_twice() -> None:
+    timer = StageTimer()
+    with timer("step"), pytest.raises(RuntimeError, match="stage 'sync' inside stage 'step' would count twice"), timer("sync"):
+        pass
+    with timer("sync"):
+        pass  # the refusal left nothing open
+    assert timer.seconds()["seconds_sync"] is not None

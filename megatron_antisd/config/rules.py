@@ -83,6 +83,7 @@ def _raise(problems: list[str]) -> None:
 def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool) -> Iterator[str]:
     yield from _world_problems(config, world_size)
     yield from _batch_problems(config, world_size)
+    yield from _profile_problems(config)
     yield from lever_problems(config, model.get("model_type"))
     yield from _model_problems(config.parallel, model)
     model = _complete(model)
@@ -182,6 +183,12 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (f"rollout.problems_per_step={rollout.problems_per_step} * group_size={rollout.group_size} / "
                f"algorithm.updates_per_batch={updates} = {per_update} rollouts an update must be divisible by the "
                f"data-parallel size {replicas} (world size {world_size} / {_model_ranks(config)})")
+
+
+def _profile_problems(config: RunConfig) -> Iterator[str]:
+    outside = [step for step in config.profile.steps if not 1 <= step <= config.run.steps]
+    if outside:
+        yield f"profile.steps={list(config.profile.steps)}: {', '.join(map(str, outside))} must lie from 1 to run.steps={config.run.steps}"
 
 
 def _trainer_problems(parallel: ParallelConfig, model: Mapping[str, Any]) -> Iterator[str]:

@@ -257,6 +257,19 @@ class LoggingConfig(Section):
     a response; at evaluation steps the mean u of each role goes to token_u.jsonl. None groups by token."""
 
 
+class ProfileConfig(Section):
+    steps: tuple[int, ...] = ()
+    """Steps of which every rank writes a torch profiler trace ([3, 5], say); other steps pay nothing."""
+    directory: str | None = None
+    """None takes `profile` in the run directory."""
+    shapes: bool = False
+    """Write the operators' input shapes into the trace."""
+    stack: bool = False
+    """Write Python's call stacks into the trace: several times as large and slow."""
+    memory: bool = False
+    """Write allocations and frees into the trace."""
+
+
 class RunSection(Section):
     name: str = "run"
     """Names the run and, by default, its directory."""
@@ -285,6 +298,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     debug: DebugConfig = DebugConfig()
 
     @property

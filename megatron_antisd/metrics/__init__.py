@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl and its mirrors (TensorBoard, W&B, console), sample rollouts, stage times.
+"""What a run reports: metrics.jsonl and its mirrors (TensorBoard, W&B, console), sample rollouts, stage times, profiler traces.
 
 Steps count from 1: step `s` is the s-th policy update. An evaluation at step `s` is of the policy after `s` updates, so step 0 is
 the untrained policy. Training and evaluation of one step are two lines of metrics.jsonl, `{"step": s, "reward_mean": ...}` and
@@ -10,6 +10,7 @@ Only one rank writes; on the others every method does nothing.
 """
 
 from megatron_antisd.metrics.files import MetricsError, read_metrics, read_rows
+from megatron_antisd.metrics.profile import StepProfiler
 from megatron_antisd.metrics.stages import STAGES, StageTimer
 from megatron_antisd.metrics.writer import SAMPLE_KEYS, STEP_KEYS, TOKEN_U_KEYS, MetricsWriter
 
@@ -21,6 +22,7 @@ __all__ = [
     "MetricsError",
     "MetricsWriter",
     "StageTimer",
+    "StepProfiler",
     "read_metrics",
     "read_rows",
 ]

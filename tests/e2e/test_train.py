@@ -47,6 +47,8 @@ def test_metrics_are_complete_and_engine_and_trainer_agree(whole: Path) -> None:
         assert row["padding_share"] < 0.01
         assert row["policy_version"] == row["step"] and row["updates_skipped"] == 0
         assert all(math.isfinite(row[key]) for key in STEP_KEYS if row[key] is not None)
+        stages = [value for key, value in row.items() if key.startswith("seconds_") and not key.startswith(("seconds_total", "seconds_hidden_"))]
+        assert 0.97 * row["seconds_total"] <= sum(stages) <= row["seconds_total"]
     assert [row["lambda"] for row in rows] == [0.0, 0.5, 0.5]
 
 
