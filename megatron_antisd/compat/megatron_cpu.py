@@ -1,8 +1,8 @@
 """Megatron-Core 0.16.1 on a machine without a GPU (gloo). Every repair states the upstream behaviour it answers.
 
-Where CUDA is there, `install()` makes only the one repair that has nothing to do with it (`_router_gemm`). Call it after the process
-group and any vLLM engine exist, and before the first Megatron module is built: vLLM inspects `torch.cuda` while it starts and must
-see the truth.
+Where CUDA is there, `install()` makes only the repairs that have nothing to do with it (`_router_gemm`, `_recomputed_norms`). Call it after
+the process group and any vLLM engine exist, and before the first Megatron module is built: vLLM inspects `torch.cuda` while it starts and
+must see the truth.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         _router_gemm()
+        _recomputed_norms()
         return
     import megatron.core
 
@@ -54,6 +55,7 @@ def install() -> None:
         warnings.simplefilter("ignore")
         _random_state()
         _router_gemm()
+        _recomputed_norms()
         _expert_counts()
         _uneven_collectives()
     _installed = True
@@ -120,6 +122,23 @@ def _router_gemm() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _recomputed_norms() -> None:
+    """A checkpoint whose output is thrown away too takes `fp8=False`, its default, for a request of fp8 and asks transformer-engine, an undefined
+    name without that package."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    original = CheckpointWithoutOutput.__init__
+    if hasattr(original, "__wrapped__"):
+        return  # repaired already
+
+    @functools.wraps(original)
+    def init(self: CheckpointWithoutOutput, fp8: bool = False) -> None:
+        original(self, fp8)
+        self.fp8 = bool(fp8)
+
+    CheckpointWithoutOutput.__init__ = init
 
 
 def _expert_counts() -> None:

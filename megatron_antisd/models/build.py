@@ -45,7 +45,6 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
     dtype = getattr(torch, model.dtype)
     on_gpu = torch.cuda.is_available()
     pipelined = parallel.pipeline_parallel_size > 1
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if model.recompute == "full" else {}
     return TransformerConfig(
         num_layers=sizes.layers,
         hidden_size=sizes.hidden,
@@ -86,8 +85,17 @@ def transformer_config(description: ModelDescription, model: ModelConfig, parall
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **FAMILIES[hf["model_type"]].fields(hf),
-        **recompute,
+        **_recompute_fields(model, moe=description.experts is not None),
     )
+
+
+def _recompute_fields(model: ModelConfig, *, moe: bool) -> dict[str, Any]:
+    if model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if model.recompute == "selective":
+        theirs = {"attention": "core_attn", "mlp": "moe" if moe else "mlp", "norms": "layernorm"}
+        return {"recompute_granularity": "selective", "recompute_modules": [theirs[part] for part in model.recompute_modules or ("attention",)]}
+    return {}
 
 
 def _pipeline_fields(parallel: ParallelConfig, layers: int) -> dict[str, Any]:
@@ -105,12 +113,13 @@ def _pipeline_fields(parallel: ParallelConfig, layers: int) -> dict[str, Any]:
     }
 
 
-def local_layer_spec(experts: int | None) -> ModuleSpec:
-    """Megatron's torch-only layer with our norm and our packed attention."""
+def local_layer_spec(experts: int | None, expert_form: str = "auto") -> ModuleSpec:
+    """Megatron's torch-only layer with our norm, our packed attention and our experts in the form `model.grouped_experts`."""
     spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
     layer = spec.submodules
     if experts:
         layer.mlp.submodules.experts.module = Experts
+        layer.mlp.submodules.experts.params = {"form": expert_form}
     layer.input_layernorm = layer.pre_mlp_layernorm = TorchRMSNorm
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = TorchRMSNorm
@@ -121,7 +130,10 @@ def local_layer_spec(experts: int | None) -> ModuleSpec:
 def build_model(description: ModelDescription, model: ModelConfig, parallel: ParallelConfig) -> list[PolicyModel]:
     """The chunks of this rank (one; several with virtual pipeline stages), randomly initialised. Groups must exist."""
     config = transformer_config(description, model, parallel)
-    spec = local_layer_spec(description.experts) if model.spec == "local" else transformer_engine.layer_spec(description.experts)
+    if model.spec == "local":
+        spec = local_layer_spec(description.experts, model.grouped_experts)
+    else:
+        spec = transformer_engine.layer_spec(description.experts)
     specialise = getattr(FAMILIES[description.hf["model_type"]], "specialise", None)
     if specialise is not None:
         specialise(spec, model.spec)

@@ -20,6 +20,12 @@ SCORE, LOSS, GRADIENT = 2e-5, 2e-5, 1e-4
 WEIGHT, WEIGHT_MEAN = 5e-4, 3e-7
 STEPS = 3
 
+
+def selective(*modules: str) -> list[str]:
+    """Overrides that compute these parts of a layer anew in the backward pass."""
+    return ["model.recompute=selective", f"model.recompute_modules=[{','.join(modules)}]"]
+
+
 LAYOUTS = {
     "dp2": (2, [], "moe"),
     "dp2-plain-optimizer": (2, ["parallel.distributed_optimizer=false"], "moe"),
@@ -57,9 +63,32 @@ LAYOUTS = {
     "tp2-olmo3": (2, ["parallel.tensor_parallel_size=2"], "olmo3"),
     "tp2-pp2-olmo3": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], "olmo3"),
     "pp2-recompute-olmo3": (2, ["parallel.pipeline_parallel_size=2", "model.recompute=full"], "olmo3"),
+    "grouped": (1, ["model.grouped_experts=grouped"], "moe"),
+    "tp2-ep2-grouped": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2", "model.grouped_experts=grouped"], "moe"),
+    "tp2-ep2-selective": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2", *selective("attention", "mlp", "norms")], "moe"),
+    "selective-attention": (1, selective("attention"), "moe"),
+    "selective-mlp": (1, selective("mlp"), "moe"),
+    "selective-norms": (1, selective("norms"), "moe"),
+    "pp2-selective-grouped": (2, ["parallel.pipeline_parallel_size=2", "model.grouped_experts=grouped",
+                                  *selective("attention", "mlp", "norms")], "moe"),
+    "pp2-vpp2-selective": (2, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2",
+                               *selective("attention", "mlp", "norms")], "moe"),
+    "cp2-selective-dense": (2, ["parallel.context_parallel_size=2", *selective("attention", "mlp", "norms")], "dense"),
+    "tp2-selective-olmo3": (2, ["parallel.tensor_parallel_size=2", *selective("attention", "mlp")], "olmo3"),
+    "dp2-offload": (2, ["optimizer.offload=true"], "moe"),
+    "tp2-offload-plain-optimizer": (2, ["parallel.tensor_parallel_size=2", "optimizer.offload=true", "parallel.distributed_optimizer=false"], "moe"),
+    "dp2-overlap": (2, ["parallel.overlap_gradients=true", "parallel.gradient_bucket_parameters=20000"], "moe"),
+    "dp2-overlap-plain-optimizer": (2, ["parallel.overlap_gradients=true", "parallel.gradient_bucket_parameters=20000",
+                                        "parallel.distributed_optimizer=false", "model.recompute=full"], "moe"),
+    "dp2-overlap-dense-tied": (2, ["parallel.overlap_gradients=true", "parallel.gradient_bucket_parameters=20000"], "dense"),
+    "tp2-ep2-overlap": (2, ["parallel.tensor_parallel_size=2", "parallel.expert_parallel_size=2", "parallel.overlap_gradients=true"], "moe"),
+    "pp2-dp2-overlap-selective": (4, ["parallel.pipeline_parallel_size=2", "parallel.overlap_gradients=true",
+                                      "parallel.gradient_bucket_parameters=20000", *selective("attention", "mlp", "norms")], "moe"),
+    "pp2-vpp2-dp2-overlap": (4, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2", "parallel.overlap_gradients=true",
+                                 "parallel.gradient_bucket_parameters=20000"], "moe"),
 }
 FAST = {"dp2", "tp2", "ep2", "tp2-ep2", "pp2", "tp2-pp2", "pp2-ep2", "pp2-vpp2", "pp2-vpp2-cp2-ep2", "cp2-olmo3", "tp2-cp2-ep4",
-        "pp2-dense-tied", "tp2-olmo3"}
+        "pp2-dense-tied", "tp2-olmo3", "tp2-ep2-grouped", "tp2-ep2-selective", "dp2-overlap", "pp2-dp2-overlap-selective"}
 
 
 def make(kind: str, directory: Path) -> Path:
