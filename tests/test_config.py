@@ -18,13 +18,13 @@ MINIMAL = {"model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
 MOE = {
     "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "num_experts": 8, "moe_intermediate_size": 48,
-    "norm_topk_prob": True,
+    "norm_topk_prob": True, "vocab_size": 512,
 }  # fmt: skip
 DENSE = {**{k: v for k, v in MOE.items() if k not in ("num_experts", "moe_intermediate_size")}, "model_type": "qwen3"}
 
 OLMO3 = {  # without the keys that published configs leave out
     "model_type": "olmo3", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 512, "sliding_window": 8, "rope_scaling": {"rope_type": "yarn", "factor": 8.0},
+    "max_position_embeddings": 512, "vocab_size": 512, "sliding_window": 8, "rope_scaling": {"rope_type": "yarn", "factor": 8.0},
 }  # fmt: skip
 
 # Fits MOE on 2 ranks and more.
@@ -200,6 +200,9 @@ def test_every_key_is_documented_or_says_itself() -> None:
       "rollout.tensor_parallel_size=4"], MOE, 4),  # fmt: skip
     (["parallel.pipeline_parallel_size=4"], DENSE, 4),
     (["parallel.pipeline_parallel_size=2", "parallel.tensor_parallel_size=2"], OLMO3, 4),
+    (["model.recompute=selective", "model.recompute_modules=[attention,mlp,norms]", "model.grouped_experts=grouped"], MOE, 1),
+    (["model.recompute=selective", "parallel.overlap_gradients=true", "optimizer.offload=true"], OLMO3, 2),
+    (["model.grouped_experts=grouped", "parallel.expert_tensor_parallel_size=4", "model.dtype=float32"], MOE, 4),
     (["trainer.micro_batch_tokens=16"], DENSE, 2),  # below the context: a longer sequence is its own micro-batch
     (["rollout.max_context=512"], {**MOE, "vocab_size": 509}, 2),  # the vocabulary is padded: it has no rule
     ([], {**{k: v for k, v in MOE.items() if k != "num_experts"}, "num_local_experts": 8}, 2),  # as transformers 5 writes it
@@ -224,6 +227,8 @@ BROKEN = {
     "rollouts of one update over replicas": (["algorithm.updates_per_batch=8"], MOE, 16,
                                              ["algorithm.updates_per_batch=8 = 8 rollouts", "data-parallel size 16"]),
     "attention heads": ([f"{TP}=3"], MOE, 3, [f"num_attention_heads=4, must be divisible by {TP}=3"]),
+    "a chunk of the output layer below one token": (["trainer.vocab_chunk_bytes=1023"], MOE, 2,
+                                                    ["trainer.vocab_chunk_bytes=1023 is too small", "vocab_size=512", "= 2048 bytes"]),
     "key/value heads": ([f"{TP}=4"], MOE, 4, [f"num_key_value_heads=2, must be divisible by {TP}=4"]),
     "hidden size": ([f"{TP}=2"], {**MOE, "hidden_size": 63}, 2, [f"hidden_size=63, must be divisible by {TP}=2"]),
     "feed-forward width": ([f"{TP}=2"], {**DENSE, "intermediate_size": 129}, 2, [f"intermediate_size=129, must be divisible by {TP}=2"]),
@@ -236,6 +241,17 @@ BROKEN = {
     "experts": ([f"{EP}=3"], MOE, 3, [f"num_experts=8, must be divisible by {EP}=3"]),
     "expert width": ([f"{ETP}=5"], MOE, 5, [f"moe_intermediate_size=48, must be divisible by {ETP}=5"]),
     "experts of a dense model": ([f"{EP}=2", f"{ETP}=2"], DENSE, 4, [f"{EP}=2 needs a mixture-of-experts", f"{ETP}=2 needs", "'qwen3'"]),
+    "recomputed parts without selective recompute": (["model.recompute=full", "model.recompute_modules=[mlp]"], MOE, 1,
+                                                     ["model.recompute_modules=['mlp'] needs model.recompute=selective, got full"]),
+    "norms of an OLMo-3": (["model.recompute=selective", "model.recompute_modules=[norms]"], OLMO3, 1, ["norms has no effect on an olmo3"]),
+    "buckets without overlap": (["parallel.gradient_bucket_parameters=1000"], MOE, 1,
+                                ["parallel.gradient_bucket_parameters=1000 needs parallel.overlap_gradients=true"]),
+    "offload of a fused optimizer": (["optimizer.offload=true", "optimizer.backend=te"], MOE, 1,
+                                     ["optimizer.offload=true needs optimizer.backend=torch, got te"]),
+    "grouped experts of transformer-engine": (["model.grouped_experts=sequential", "model.spec=te"], MOE, 1,
+                                              ["model.grouped_experts=sequential needs model.spec=local, got te"]),
+    "grouped experts' width": (["model.grouped_experts=grouped", f"{ETP}=4"], MOE, 4,
+                               [f"moe_intermediate_size / {ETP}=4 to be a multiple of 8 in bfloat16, got 12"]),
     "attention bias": ([], {**DENSE, "attention_bias": True}, 1, ["attention_bias=true is not supported for qwen3"]),
     "sliding window": ([], {**DENSE, "use_sliding_window": True}, 1, ["use_sliding_window=true"]),
     "rope": ([], {**DENSE, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 1,

@@ -31,7 +31,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Those that hold a vocabulary; the first one found is read."""
 
 MODEL_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "head_dim", "max_position_embeddings")
+              "head_dim", "max_position_embeddings", "vocab_size")
 MOE_KEYS = ("num_experts", "moe_intermediate_size")
 
 

@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_antisd.config import ConfigError, OptimizerConfig
+from megatron_antisd.parallel.offload import OffloadedAdamW
 
 _BACKENDS = {
     "torch": ("torch.optim", "AdamW", ""),
@@ -23,20 +24,22 @@ _BACKENDS = {
 }
 
 
-def select_adam(backend: str) -> None:
-    """Make Megatron use this AdamW. Megatron itself takes whichever it finds first. Raises ConfigError where it is absent."""
+def select_adam(backend: str, *, offload: bool = False) -> None:
+    """Make Megatron use this AdamW. Megatron itself takes whichever it finds first. Raises ConfigError where it is absent, or cannot offload."""
     module, name, hint = _BACKENDS[backend]
     try:
         adam = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"optimizer.backend={backend}: {module}.{name} cannot be imported ({error}); {hint}") from error
-    megatron_optimizer.Adam = adam
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = backend == "torch"
+    if offload and backend != "torch":
+        raise ConfigError(f"optimizer.offload=true needs optimizer.backend=torch, got {backend}")
+    megatron_optimizer.Adam = OffloadedAdamW if offload else adam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = backend == "torch" and not offload  # True stands for the class torch.optim.AdamW itself
 
 
 def build_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype, distributed: bool) -> MegatronOptimizer:
     """AdamW with fp32 main weights. Weight decay spares one-dimensional parameters (Megatron's rule)."""
-    select_adam(config.backend)
+    select_adam(config.backend, offload=config.offload)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",

@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_antisd.parallel.offload import MOMENTS, OffloadedAdamW, on_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ class OptimizerSlice:
             # A tensor of its own for each parameter: AdamW counts it up in place.
             moments = moments | {"step": torch.tensor(float(step))}
         if moments:
-            self.inner.state[self.main] = moments
+            offload = isinstance(self.inner, OffloadedAdamW)
+            self.inner.state[self.main] = {key: on_host(value) for key, value in moments.items()} if offload else moments
 
 
 def optimizer_slices(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, OptimizerSlice]:

@@ -29,6 +29,7 @@ LAYOUTS = {
     "cp2": (2, ["parallel.context_parallel_size=2"]),
     "ep2": (2, ["parallel.expert_parallel_size=2"]),
     "dp2": (2, []),
+    "dp2-offload": (2, ["optimizer.offload=true"]),
 }
 
 
@@ -124,6 +125,15 @@ def test_a_checkpoint_is_a_model_directory(runs: Runs) -> None:
 def test_resume_is_bitwise_exact_elsewhere(runs: Runs, layout: str, kind: str, dtype: str) -> None:
     directory, whole = runs.whole(layout, kind, dtype)
     assert_exact(whole, runs.resumed(layout, directory, kind, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [("dp2", "dp2-offload"), ("dp2-offload", "dp2")])
+def test_where_the_moments_lie_does_not_show(runs: Runs, saved_by: str, resumed_by: str) -> None:
+    """In host memory or beside the model: the same run, whichever part of it."""
+    directory, whole = runs.whole(saved_by, "moe", "bfloat16")
+    assert_exact(whole, runs.resumed(resumed_by, directory, "moe", "bfloat16"))
+    assert whole["steps"] == runs.whole(resumed_by, "moe", "bfloat16")[1]["steps"]
 
 
 @pytest.mark.slow
