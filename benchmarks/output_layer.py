@@ -4,7 +4,7 @@
     python -m benchmarks.output_layer --device cuda --dtype bfloat16 --tokens 6827 --hidden 2048 --vocab 75968 --rounds 3
 
 Ways: `naive` (log_softmax over all logits, autograd; with TP over the gathered logits), `cross_entropy` (Megatron-Core's vocabulary-parallel one,
-and the entropy from the logits), `scores` (`linear_log_prob_and_entropy`), `loss` (`linear_policy_loss`, with gradient only). Each runs in
+and the entropy from the logits), `scores` (`linear_log_prob_and_entropy`), `loss` (`linear_policy_loss`, with gradient only), on a GPU the last also as `loss, triton`. Each runs in
 processes of its own, by turns; memory is the peak beyond the inputs and the gradient buffers, on the CPU of the process, on a GPU of the
 allocator; time and memory are the slowest rank's. Errors are root mean squares over rows, of log-probs and of the hidden states' gradient,
 against float64. On a GPU torch alone is needed, for all ways but `cross_entropy`.
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAIVE_UP_TO, COMPARED_AT = 4096, 2048
 """Most tokens of the naive way (all logits and their gradients are there at once), and those at which all ways are compared."""
 LONG = 32_768
+TRITON = "loss, triton"
 ERROR_ROWS = 128
 GOALS: dict[tuple[str, bool], dict[str, float]] = {
     ("scores", False): {"seconds": 0.65, "bytes": 0.1}, ("scores", True): {"seconds": 1.0}, ("loss", True): {"seconds": 0.72}}
@@ -82,7 +83,7 @@ class Pass:
         shard = torch.Generator(device=given.device).manual_seed(1 + rank)
         weight = torch.empty(columns, given.hidden, device=given.device, dtype=dtype)  # filled in place: no peak before the one measured
         self.weight = weight.normal_(std=given.hidden**-0.5, generator=shard).requires_grad_(backward)
-        if backward and way in ("scores", "loss"):
+        if backward and way in ("scores", "loss", TRITON):
             # Where Megatron's DDP keeps gradients; the others leave theirs in .grad, of the same size, which is not counted either.
             self.weight.main_grad, self.weight.grad_added_to_main_grad = torch.zeros(weight.shape, device=given.device), False
         elif backward:
@@ -91,15 +92,17 @@ class Pass:
     def __call__(self, count: int) -> torch.Tensor:
         """Log-probs of the first `count` tokens, gradients where asked for."""
         from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
+        from megatron_antisd.parallel.vocab_kernels import select_kernels
         from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
         self.hidden.grad, slope = None, self.slope[:count]
-        if self.way in ("scores", "loss"):
+        if self.way in ("scores", "loss", TRITON):
             self.weight.grad = None  # Megatron's hook would have taken it
         inputs, vocabulary = (self.hidden[:count], self.weight, self.targets[:count]), (self.group, self.given.vocab)
-        if self.way == "loss":
+        if self.way in ("loss", TRITON):
             loss, log_prob, _ = linear_policy_loss(*inputs, *vocabulary, lambda rows, part: (slope[rows] * part).sum(),
-                                                   chunk_bytes=self.given.chunk_mb << 20)
+                                                   chunk_bytes=self.given.chunk_mb << 20,
+                                                   kernels=select_kernels("triton" if self.way == TRITON else "torch"))
         elif self.way == "scores":
             log_prob, _ = linear_log_prob_and_entropy(*inputs, *vocabulary, entropy_grad=False)
             loss = (slope * log_prob).sum()
@@ -185,7 +188,7 @@ def best_of(way: str, backward: bool, tokens: int, ranks: int, given: argparse.N
 
 
 def ways_at(tokens: int, backward: bool, ranks: int, given: argparse.Namespace) -> list[str]:
-    ours = ["scores", "loss"] if backward else ["scores"]
+    ours = ["scores", "loss", *([TRITON] if given.device == "cuda" else [])] if backward else ["scores"]
     if tokens > NAIVE_UP_TO and given.device == "cpu":
         return [*(["loss"] if backward else ["scores"])]
     megatron = tokens == COMPARED_AT and ranks == 1 and given.device == "cpu"
@@ -211,7 +214,7 @@ def missed_goals(way: str, backward: bool, row: dict[str, Any], base: dict[str, 
 
 def gpu_missed(way: str, row: dict[str, Any]) -> list[str]:
     figures = {"milliseconds": row["seconds"] * 1e3, "gigabytes": row["bytes"] / 1e9}
-    return [f"{way}: {figures[key]:.2f} {key}, goal {most}" for key, most in GPU_GOALS.items() if way == "loss" and figures[key] > most]
+    return [f"{way}: {figures[key]:.2f} {key}, goal {most}" for key, most in GPU_GOALS.items() if way in ("loss", TRITON) and figures[key] > most]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from megatron_antisd.parallel.reshard import WeightStream
 from megatron_antisd.parallel.rows import Row, RowPlan, lone_filler, lone_row, plan_rows
 from megatron_antisd.parallel.stored_weights import load_model_weights
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
+from megatron_antisd.parallel.vocab_kernels import select_kernels
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 from megatron_antisd.parallel.vocab_shard import NonFiniteHiddenError
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
@@ -47,6 +48,7 @@ class Trainer:
         model_config.finalize_model_grads_func = _sum_gradients
         model_config.grad_scale_func = self.optimizer.scale_loss
         self._schedule = get_forward_backward_func()
+        self._kernels = select_kernels(config.trainer.vocab_kernels)
         self._stream = WeightStream(self.chunks, description, layout, config.rollout.sync_bucket_bytes)
 
     def score(self, views: Sequence[ScoringView]) -> TokenScores:
@@ -146,7 +148,7 @@ class Trainer:
         try:
             return linear_log_prob_and_entropy(
                 self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor, self.description.geometry.vocab_size,
-                entropy_grad=False, temperature=self.config.rollout.temperature)
+                entropy_grad=False, temperature=self.config.rollout.temperature, kernels=self._kernels)
         except NonFiniteHiddenError as error:
             raise ValueError(f"{error}; this row predicts response token {int(row.where[error.row])} of the scored batch, counted over all its "
                              "responses") from error
@@ -170,7 +172,8 @@ class Trainer:
 
         loss, log_prob, entropy = linear_policy_loss(
             self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor, self.description.geometry.vocab_size,
-            token_loss, chunk_bytes=self.config.trainer.vocab_chunk_bytes, temperature=self.config.rollout.temperature)
+            token_loss, chunk_bytes=self.config.trainer.vocab_chunk_bytes, temperature=self.config.rollout.temperature,
+            kernels=self._kernels)
         # The schedule may rescale the loss in place: report a copy.
         return loss, log_prob, entropy, loss.detach().clone(), clipped
 

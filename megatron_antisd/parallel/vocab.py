@@ -26,10 +26,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_antisd.models.gradient import add_matmul, as_factor, finished_weight_gradient, weight_gradient_buffer
 from megatron_antisd.parallel import vocab_shard
+from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, TORCH, Kernels
 from megatron_antisd.parallel.vocab_shard import (
-    EXP_FLOOR,
     Shard,
-    block_statistics,
     check_inputs,
     check_linear_inputs,
     combine,
@@ -72,6 +71,7 @@ def linear_log_prob_and_entropy(
     *,
     entropy_grad: bool = True,
     temperature: float = 1.0,
+    kernels: Kernels = TORCH,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_prob_and_entropy` of `hidden @ weight.T / temperature`, never holding more than a block of the logits.
 
@@ -85,7 +85,7 @@ def linear_log_prob_and_entropy(
     """
     check_linear_inputs(hidden, weight, targets, temperature)
     shard = Shard.of(weight.shape[0], vocab_size, group)
-    return _LinearScores.apply(hidden, weight, targets, shard, temperature, entropy_grad)
+    return _LinearScores.apply(hidden, weight, targets, shard, temperature, entropy_grad, kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,8 @@ class _LogitsScores(torch.autograd.Function):
         column, owned = shard.locate(targets)
         local = empty_statistics(targets)
         for rows, blocks in _blocks(logits, shard):
-            local[:, rows] = combine(torch.stack([block_statistics(_fp32_copy(logits, rows, block), column[rows], block) for block in blocks]))
+            local[:, rows] = combine(torch.stack([
+                TORCH.statistics(_fp32_copy(logits, rows, block), *in_block(column[rows], block)) for block in blocks]))
         log_prob, norm = merge(local, targets, owned, shard)
         entropy = norm[2].clone()
         _remember(ctx, (logits, targets, norm), shard, None if entropy_grad else entropy)
@@ -162,12 +163,12 @@ class _LinearScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-        shard: Shard, temperature: float, entropy_grad: bool,
+        shard: Shard, temperature: float, entropy_grad: bool, kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         column, owned = shard.locate(targets)
         local = empty_statistics(targets)
         for rows, blocks in _blocks(hidden, shard):
-            parts = [block_statistics(logits_block(hidden[rows], weight, block, temperature), column[rows], block) for block in blocks]
+            parts = [kernels.statistics(logits_block(hidden[rows], weight, block, temperature), *in_block(column[rows], block)) for block in blocks]
             local[:, rows] = combine(torch.stack(parts))
         log_prob, norm = merge(local, targets, owned, shard, hidden)
         entropy = norm[2].clone()
@@ -198,7 +199,7 @@ class _LinearScores(torch.autograd.Function):
         if grad_hidden is not None:
             ctx.shard.all_reduce(grad_hidden, dist.ReduceOp.SUM)  # in hidden's dtype, as Megatron's own output layer does
         grad_weight = None if weight_total is None else finished_weight_gradient(ctx.parameter, weight_total)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _blocks(tensor: torch.Tensor, shard: Shard) -> list[tuple[slice, list[slice]]]:

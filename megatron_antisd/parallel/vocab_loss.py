@@ -17,13 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_antisd.models.gradient import add_matmul, as_factor, finished_weight_gradient, weight_gradient_buffer
+from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, weight_gradient_buffer
+from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, TORCH, Kernels
 from megatron_antisd.parallel.vocab_shard import (
     DEFAULT_CHUNK_BYTES,
-    EXP_FLOOR,
     NonFiniteHiddenError,
     Shard,
-    block_statistics,
     check_agreement,
     check_linear_inputs,
     combine,
@@ -49,6 +48,7 @@ def linear_policy_loss(
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     temperature: float = 1.0,
+    kernels: Kernels = TORCH,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, log_prob `[T]`, entropy `[T]`), fp32 and the same on every rank of `group`; only the loss has a gradient.
 
@@ -66,14 +66,14 @@ def linear_policy_loss(
     broken = check_agreement(targets, shard, hidden)
     if broken is not None:
         _log.warning("%s; the loss of this step will not be finite", NonFiniteHiddenError(broken, len(targets)))
-    return _PolicyLoss.apply(hidden, weight, targets, shard, token_loss, chunk_tokens, temperature)
+    return _PolicyLoss.apply(hidden, weight, targets, shard, token_loss, chunk_tokens, temperature, kernels)
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shard: Shard, token_loss: TokenLoss,
-        chunk_tokens: int, temperature: float,
+        chunk_tokens: int, temperature: float, kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         tokens = targets.shape[0]
         column, owned = shard.locate(targets)
@@ -84,7 +84,7 @@ class _PolicyLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         reductions: list[dist.Work] = []
         for rows in shard.row_chunks(tokens, chunk_tokens):  # ranks of padding only take part in the collectives
-            chunk = _Chunk(hidden[rows], weight, column[rows], owned[rows], shard, temperature)
+            chunk = _Chunk(hidden[rows], weight, column[rows], owned[rows], shard, temperature, kernels)
             log_prob[rows], entropy[rows] = chunk.scores()
             part, slope = _value_and_slope(token_loss, rows, log_prob[rows])
             loss += part
@@ -108,19 +108,21 @@ class _PolicyLoss(torch.autograd.Function):
         grad_hidden = ctx.saved_tensors[0] if ctx.saved_tensors else None
         grad_weight = None if ctx.weight_total is None else finished_weight_gradient(ctx.parameter, ctx.weight_total)
         ctx.weight_total = None
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 class _Chunk:
     """Some tokens from their logits to their part of the gradients."""
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, column: torch.Tensor, owned: torch.Tensor, shard: Shard, temperature: float) -> None:
-        self._hidden, self._weight, self._column, self._owned, self._shard = hidden, weight, column, owned, shard
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, column: torch.Tensor, owned: torch.Tensor, shard: Shard, temperature: float,
+                 kernels: Kernels) -> None:
+        self._hidden, self._weight, self._column, self._owned, self._shard, self._kernels = hidden, weight, column, owned, shard, kernels
         self._blocks = shard.blocks(len(hidden), hidden.device)
         self._exponential = torch.empty(len(hidden), shard.true_columns, dtype=torch.float32, device=hidden.device)
         """[c, true columns]: exp(x - the maximum of the block)."""
-        self._parts = [block_statistics(logits_block(hidden, weight, block, temperature, out=self._exponential[:, block]), column, block)
-                       for block in self._blocks]
+        self._parts = [
+            kernels.statistics(logits_block(hidden, weight, block, temperature, out=self._exponential[:, block]), *in_block(column, block))
+            for block in self._blocks]
 
     def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob and entropy, `[c]` each. Collective."""
@@ -137,9 +139,7 @@ class _Chunk:
         for block, part in zip(self._blocks, self._parts, strict=True):
             scale = base * (part[0] - self._norm[0]).clamp_(min=EXP_FLOOR).exp()
             place, inside = in_block(self._column, block)
-            gradient = self._exponential[:, block].mul_(scale[:, None])
-            gradient.scatter_add_(1, place[:, None], torch.where(inside, at_target, 0.0)[:, None])
-            factor = as_factor(gradient, self._weight.dtype)
+            factor = self._kernels.gradient(self._exponential[:, block], scale, place, torch.where(inside, at_target, 0.0), self._weight.dtype)
             if total is not None:
                 add_matmul(total, factor, self._weight[block])
             if weight_total is not None:

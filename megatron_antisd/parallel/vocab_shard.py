@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_antisd.models.gradient import matmul_fp32
-
-EXP_FLOOR = -1000.0
-"""Stands for -inf where a shifted logit is multiplied by its exponential: exp(-1000) is 0 in fp32, and 0 * -1000 is not NaN."""
+from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, finite_peak
 
 DEFAULT_CHUNK_BYTES = 512 << 20
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
@@ -95,19 +93,6 @@ def logits_block(hidden: torch.Tensor, weight: torch.Tensor, block: slice, tempe
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def block_statistics(logits: torch.Tensor, column: torch.Tensor, block: slice) -> torch.Tensor:
-    """`[c, b]` fp32 logits of a block and the local `column` `[c]` of the targets -> `[4, c]`: maximum m, sum exp(x - m),
-    sum (x - m) exp(x - m), the logit at `column` or 0 where it is outside. The logits are overwritten with exp(x - m)."""
-    place, inside = in_block(column, block)
-    peak = logits.amax(dim=1)
-    at_column = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), 0.0)
-    # A row of -inf alone has no maximum to subtract: leave it, its sums are 0.
-    shifted = torch.sub(logits, _finite(peak)[:, None]).clamp_(min=EXP_FLOOR)
-    torch.exp(shifted, out=logits)
-    total = logits.sum(dim=1)
-    return torch.stack([peak, total, shifted.mul_(logits).sum(dim=1), at_column])
-
-
 def combine(parts: torch.Tensor) -> torch.Tensor:
     """Statistics `[n, 4, c]` of n blocks -> `[4, c]` of all their columns."""
     peak = parts[:, 0].amax(dim=0)
@@ -169,13 +154,9 @@ def _merge_around(peak: torch.Tensor, local: torch.Tensor, owned: torch.Tensor, 
 def _sums_around(peak: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of exp(x - m) and (x - m) exp(x - m) for a larger m, `peak`, than the one they were taken around."""
     # x - peak = (x - m) + (m - peak). No term cancels another: both are <= 0.
-    shift = (maximum - _finite(peak)).clamp_(min=EXP_FLOOR)
+    shift = (maximum - finite_peak(peak)).clamp_(min=EXP_FLOOR)
     scale = shift.exp()
     return scale * total, scale * (weighted + shift * total)
-
-
-def _finite(peak: torch.Tensor) -> torch.Tensor:
-    return peak.masked_fill(peak == -math.inf, 0.0)
 
 
 def _check_header(header: list[float], targets: torch.Tensor, shard: Shard) -> int | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
+from megatron_antisd.parallel.vocab_kernels import select_kernels
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -13,9 +14,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 TOKENS, HIDDEN, VOCAB = 512, 256, 4096
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("training_form", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_scores_and_gradients_as_float64(dtype: torch.dtype, tolerance: float, training_form: bool) -> None:
+def test_scores_and_gradients_as_float64(dtype: torch.dtype, tolerance: float, training_form: bool, kernels: str) -> None:
+    if kernels == "triton":
+        pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     weight = 0.05 * torch.randn(VOCAB, HIDDEN, generator=generator)
@@ -31,9 +35,10 @@ def test_scores_and_gradients_as_float64(dtype: torch.dtype, tolerance: float, t
     slope = upstream.cuda()
     if training_form:
         loss, log_prob, entropy = linear_policy_loss(
-            h, w, targets.cuda(), None, VOCAB, lambda rows, part: (part * slope[rows]).sum(), chunk_bytes=100 * 4 * VOCAB)
+            h, w, targets.cuda(), None, VOCAB, lambda rows, part: (part * slope[rows]).sum(), chunk_bytes=100 * 4 * VOCAB,
+            kernels=select_kernels(kernels))
     else:
-        log_prob, entropy = linear_log_prob_and_entropy(h, w, targets.cuda(), None, VOCAB, entropy_grad=False)
+        log_prob, entropy = linear_log_prob_and_entropy(h, w, targets.cuda(), None, VOCAB, entropy_grad=False, kernels=select_kernels(kernels))
         loss = (log_prob * slope).sum()
     loss.backward()
     assert (log_prob.double().cpu() - expected).abs().max() < tolerance
