@@ -197,7 +197,7 @@ def ways_at(tokens: int, backward: bool, ranks: int, given: argparse.Namespace) 
 
 def line(backward: bool, ranks: int, tokens: int, way: str, row: dict[str, Any], base: dict[str, Any] | None, note: str = "") -> str:
     def ratio(key: str) -> str:
-        return f"{row[key] / base[key]:.2f}" if base else "-"
+        return f"{row[key] / base[key]:.2f}" if base and base[key] else "-"
 
     error = f"{row['error']:.1e}" if "error" in row else "-"
     gradient = f"{row['gradient_error']:.1e}" if "gradient_error" in row else "-"
