@@ -17,7 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_antisd.data.balance import Plan, plan_micro_batches
 from megatron_antisd.records import ScoringView
+
+PARTS = (1, 2, 8, 32)
+"""Of a rank's fair share of compute: how large a bundle of several views may be, tried one after the other."""
+SLACK = 0.01
+"""How far the slowest rank may be from the least possible before smaller bundles are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,36 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """FLOPs of a forward pass over the whole model. A backward pass takes twice as many, whatever they go into, so both are balanced alike."""
+
+    token: int
+    """Of a token, attention's pairs and the output layer aside."""
+    scored: int
+    """Of a response token in the output layer."""
+    pairs: tuple[tuple[int | None, int], ...]
+    """(window, FLOPs of a query-key pair in all layers with that window): how many last tokens one sees there, itself included; None: all."""
+
+    def beginning(self, tokens: int) -> int:
+        """Of the first `tokens` of a sequence. A tail costs what its whole sequence does less its trunk: a query sees the same keys either way."""
+        return tokens * self.token + sum(flops * _pairs(tokens, window) for window, flops in self.pairs)
+
+    def view(self, view: ScoringView) -> int:
+        """Of a view that shares nothing."""
+        return self.beginning(input_length(view)) + self.scored * len(view.response_ids)
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """Query-key pairs of a causal sequence."""
+    seen = tokens if window is None else min(tokens, window)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen
+
+
+EQUAL_TOKENS = CostModel(token=1, scored=0, pairs=())
+"""Every token costs the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """Views that are packed together."""
 
@@ -49,9 +85,13 @@ class Bundle:
     trunk: int
     """How many first tokens of their prompts they share, less than the shortest prompt has; 0 for a view alone."""
 
-    def cost(self, views: Sequence[ScoringView]) -> int:
-        """Tokens that pass through the model."""
-        return self.trunk + sum(input_length(views[i]) - self.trunk for i in self.indices)
+    def tokens(self, views: Sequence[ScoringView]) -> int:
+        """How many pass through the model."""
+        return sum(input_length(views[i]) for i in self.indices) - (len(self.indices) - 1) * self.trunk
+
+    def cost(self, views: Sequence[ScoringView], model: CostModel) -> int:
+        """FLOPs of the trunk once and of what continues it."""
+        return sum(model.view(views[i]) for i in self.indices) - (len(self.indices) - 1) * model.beginning(self.trunk)
 
 
 def input_length(view: ScoringView) -> int:
@@ -59,65 +99,116 @@ def input_length(view: ScoringView) -> int:
     return len(view.prompt_ids) + len(view.response_ids) - 1
 
 
-def bundle_views(views: Sequence[ScoringView], data_parallel_size: int, limit: int) -> list[Bundle]:
-    """Divide views into bundles so that the fewest tokens pass through the model.
+def plan_bundles(views: Sequence[ScoringView], data_parallel_size: int, limit: int, model: CostModel) -> tuple[list[Bundle], Plan]:
+    """Bundles, and which of them each data-parallel rank's micro-batches hold.
 
-    A bundle shares at least half of its shortest prompt, and costs at most `limit` tokens and half a data-parallel rank's fair share (larger ones
-    could not be balanced) unless it is a single view. There are at least as many bundles as ranks where there are as many views.
-    Deterministic.
+    Large bundles compute less, small ones are easier to balance. They are made smaller until the slowest rank is within `SLACK` of what no plan can
+    beat, the mean of the largest bundles and the costliest view; if it never is, the plan of the fastest slowest rank is taken. Only a single
+    longer view exceeds `limit` tokens, where the number of views divides by the ranks. Deterministic.
     """
-    bound = min(limit, -(-sum(map(input_length, views)) // (2 * data_parallel_size)))
-    # Prompts that begin alike stand side by side in this order, so a bundle is a run of it.
-    order = sorted(range(len(views)), key=lambda i: (views[i].prompt_ids, i))
-    bundles = [Bundle(indices=tuple(sorted(order[start:end])), trunk=trunk) for start, end, trunk in _best_runs([views[i] for i in order], bound)]
-    while len(bundles) < min(data_parallel_size, len(views)):
-        bundles = _divide_largest(bundles)
-    return sorted(bundles, key=lambda bundle: bundle.indices)
+    for index, view in enumerate(views):
+        _check_view(view, index)  # here every rank raises; in `pack` the others would wait for one
+    ordered = _Ordered.of(views, model)
+    least, best = 0.0, None
+    for parts in PARTS:
+        bundles = _bundles(ordered, data_parallel_size, limit, parts)
+        if best is None:
+            least = max(sum(bundle.cost(views, model) for bundle in bundles) / data_parallel_size, *ordered.costs)
+        planned = _plan(views, bundles, data_parallel_size, limit, model)
+        if best is None or planned[2] < best[2]:
+            best = planned
+        if best[2] <= (1 + SLACK) * least:
+            break
+    return best[0], best[1]
 
 
-def plan_bundles(views: Sequence[ScoringView], data_parallel_size: int, limit: int) -> tuple[list[Bundle], list[list[tuple[int, ...]]]]:
-    """Bundles, and which of them each data-parallel rank's micro-batches hold ([data_parallel_size][n_micro] tuples of bundle numbers).
-
-    Ranks run equally many micro-batches, so a number of bundles that does not divide by the ranks can leave some stacked beyond `limit`; then
-    bundles are divided until they fit, at the price of a trunk computed twice. Only a single longer view exceeds `limit`, where the number
-    of views divides by the ranks. Deterministic.
-    """
-    bundles = bundle_views(views, data_parallel_size, limit)
+def _plan(views: Sequence[ScoringView], bundles: list[Bundle], data_parallel_size: int, limit: int,
+          model: CostModel) -> tuple[list[Bundle], Plan, int]:
+    """Bundles, their plan, and the slowest rank's cost. Ranks run equally many micro-batches, so a number of bundles that does not divide by the
+    ranks can leave some stacked beyond `limit`; then bundles are divided until they fit, at the price of trunks computed twice."""
+    divide = 1
     while True:
-        costs = [bundle.cost(views) for bundle in bundles]
-        plan = plan_micro_batches(costs, data_parallel_size, limit)
-        fits = all(len(row) == 1 or sum(costs[b] for b in row) <= limit for rank in plan for row in rank)
+        tokens, costs = [bundle.tokens(views) for bundle in bundles], [bundle.cost(views, model) for bundle in bundles]
+        plan = plan_micro_batches(tokens, costs, data_parallel_size, limit)
+        fits = all(len(row) == 1 or sum(tokens[b] for b in row) <= limit for rank in plan for row in rank)
         if fits or len(bundles) == len(views):
-            return bundles, plan
-        bundles = sorted(_divide_largest(bundles), key=lambda bundle: bundle.indices)
+            return bundles, plan, max(sum(costs[b] for row in rank for b in row) for rank in plan)
+        # Where their number divides by the ranks each can have a row to itself.
+        bundles = _divide_largest(bundles, min(divide, -len(bundles) % data_parallel_size, len(views) - len(bundles)))
+        divide *= 2
 
 
-def _divide_largest(bundles: Sequence[Bundle]) -> list[Bundle]:
-    """The bundle of most views in two halves; there must be one of several."""
-    largest = max(range(len(bundles)), key=lambda b: len(bundles[b].indices))
-    whole = bundles[largest]
-    middle = len(whole.indices) // 2
-    halves = [Bundle(indices=part, trunk=whole.trunk if len(part) > 1 else 0) for part in (whole.indices[:middle], whole.indices[middle:])]
-    return [*bundles[:largest], *halves, *bundles[largest + 1 :]]
+def bundle_views(views: Sequence[ScoringView], data_parallel_size: int, limit: int, model: CostModel, parts: int = 2) -> list[Bundle]:
+    """Divide views into bundles so that the model computes the least.
+
+    A bundle shares at least half of its shortest prompt, has at most `limit` tokens and costs at most one of `parts` of a data-parallel rank's fair
+    share (larger ones are hard to balance) unless it is a single view. There are at least as many bundles as ranks where there are as many views.
+    Deterministic, by the values alone.
+    """
+    return _bundles(_Ordered.of(views, model), data_parallel_size, limit, parts)
 
 
-def _best_runs(views: Sequence[ScoringView], bound: int) -> list[tuple[int, int, int]]:
-    """(start, end, trunk) of the runs that `views`, sorted by prompt, are best divided into: dynamic programming over the end of the last one."""
-    common = [0, *(_common_prefix(a.prompt_ids, b.prompt_ids) for a, b in itertools.pairwise(views))]
-    saved, last = [0], [(0, 0)]  # for the first n views: the most tokens saved, and (start, trunk) of the run that ends there
+@dataclass(frozen=True, kw_only=True)
+class _Ordered:
+    """Views sorted by prompt: those that begin alike stand side by side, so a bundle is a run of them."""
+
+    numbers: tuple[int, ...]
+    """Which views of the batch."""
+    views: tuple[ScoringView, ...]
+    common: tuple[int, ...]
+    """How many first tokens of its prompt each has in common with the one before it."""
+    costs: tuple[int, ...]
+    """Of each alone."""
+    model: CostModel
+
+    @staticmethod
+    def of(views: Sequence[ScoringView], model: CostModel) -> _Ordered:
+        numbers = sorted(range(len(views)), key=lambda i: views[i].prompt_ids)
+        ordered = tuple(views[i] for i in numbers)
+        common = (_common_prefix(a.prompt_ids, b.prompt_ids) for a, b in itertools.pairwise(ordered))
+        return _Ordered(numbers=tuple(numbers), views=ordered, common=(0, *common), costs=tuple(map(model.view, ordered)), model=model)
+
+
+def _bundles(ordered: _Ordered, data_parallel_size: int, limit: int, parts: int) -> list[Bundle]:
+    """See `bundle_views`."""
+    runs = _best_runs(ordered, limit, -(-sum(ordered.costs) // (parts * data_parallel_size)))
+    bundles = [Bundle(indices=tuple(sorted(ordered.numbers[start:end])), trunk=trunk) for start, end, trunk in runs]
+    return _divide_largest(bundles, min(data_parallel_size, len(ordered.views)) - len(bundles))
+
+
+def _divide_largest(bundles: Sequence[Bundle], times: int) -> list[Bundle]:
+    """`times` times, the bundle of most views in two halves; there must be one of several. Sorted by the views that they hold."""
+    heap = [(-len(bundle.indices), bundle.indices, bundle.trunk) for bundle in bundles]
+    heapq.heapify(heap)
+    for _ in range(times):
+        size, indices, trunk = heapq.heappop(heap)
+        middle = -size // 2
+        for part in (indices[:middle], indices[middle:]):
+            heapq.heappush(heap, (-len(part), part, trunk if len(part) > 1 else 0))
+    return sorted((Bundle(indices=indices, trunk=trunk) for _, indices, trunk in heap), key=lambda bundle: bundle.indices)
+
+
+def _best_runs(ordered: _Ordered, limit: int, share: int) -> list[tuple[int, int, int]]:
+    """(start, end, trunk) of the runs that the views are best divided into: dynamic programming over the end of the last one. A run of several
+    has at most `limit` tokens and costs at most `share`."""
+    views, costs, common, model = ordered.views, ordered.costs, ordered.common, ordered.model
+    lengths = [input_length(view) for view in views]
+    saved, last = [0], [(0, 0)]  # for the first n views: the most saved, and (start, trunk) of the run that ends there
     for end in range(1, len(views) + 1):
         saved.append(saved[-1])
         last.append((end - 1, 0))
-        trunk = len(views[end - 1].prompt_ids) - 1
-        shortest, tokens = trunk + 1, input_length(views[end - 1])
+        shortest = len(views[end - 1].prompt_ids)
+        trunk, trunk_cost = shortest - 1, model.beginning(shortest - 1)
+        tokens, cost = lengths[end - 1], costs[end - 1]
         for start in range(end - 2, -1, -1):
-            shortest, tokens = min(shortest, len(views[start].prompt_ids)), tokens + input_length(views[start])
-            trunk = min(trunk, common[start + 1], shortest - 1)
-            gain = (end - start - 1) * trunk
-            if 2 * trunk < shortest or tokens - gain > bound:
+            shortest, tokens, cost = min(shortest, len(views[start].prompt_ids)), tokens + lengths[start], cost + costs[start]
+            if (shared := min(trunk, common[start + 1], shortest - 1)) < trunk:
+                trunk, trunk_cost = shared, model.beginning(shared)
+            others = end - start - 1
+            if 2 * trunk < shortest or tokens - others * trunk > limit or cost - others * trunk_cost > share:
                 break
-            if saved[start] + gain > saved[end]:
-                saved[end], last[end] = saved[start] + gain, (start, trunk)
+            if saved[start] + others * trunk_cost > saved[end]:
+                saved[end], last[end] = saved[start] + others * trunk_cost, (start, trunk)
     runs, end = [], len(views)
     while end:
         start, trunk = last[end]
@@ -127,33 +218,17 @@ def _best_runs(views: Sequence[ScoringView], bound: int) -> list[tuple[int, int,
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for length, (x, y) in enumerate(zip(a, b, strict=False)):  # the shorter one may end first
-        if x != y:
-            return length
-    return min(len(a), len(b))
-
-
-def plan_micro_batches(costs: Sequence[int], data_parallel_size: int, limit: int) -> list[list[tuple[int, ...]]]:
-    """Assign bundles of `costs` tokens to data-parallel ranks and micro-batches.
-
-    Every rank gets the same number of micro-batches (experts and pipelines of different ranks meet in collectives) and no
-    micro-batch is empty. A micro-batch holds at most `limit` tokens unless a single bundle is longer; where the number of
-    bundles does not divide by the ranks there may be too few of them to keep to that.
-    Deterministic; longest first into the lightest bin. Returns [data_parallel_size][n_micro] tuples of indices.
-    Raises ValueError when there are fewer bundles than ranks.
-    """
-    if len(costs) < data_parallel_size:
-        raise ValueError(f"{len(costs)} bundles of sequences cannot be spread over {data_parallel_size} data-parallel ranks; "
-                         "each needs at least one")
-    # All ranks' micro-batches at once: a rank with few long sequences must not keep another one from dividing its many short ones.
-    most = len(costs) // data_parallel_size
-    per_rank = min(most, max(1, -(-sum(costs) // (limit * data_parallel_size))))
-    bins = _balance(costs, per_rank * data_parallel_size)
-    while per_rank < most and not all(len(group) == 1 or sum(costs[i] for i in group) <= limit for group in bins):
-        per_rank += 1
-        bins = _balance(costs, per_rank * data_parallel_size)
-    loads = [sum(costs[i] for i in group) for group in bins]
-    return [[tuple(sorted(bins[b])) for b in sorted(rank)] for rank in _balance(loads, data_parallel_size, most=per_rank)]
+    """How many first tokens are equal. By slices: a teacher's prompts share thousands."""
+    most = min(len(a), len(b))
+    if a is b:
+        return most
+    length, step = 0, 16
+    while length + step <= most and a[length : length + step] == b[length : length + step]:
+        length, step = length + step, 2 * step
+    while step := step // 2:  # fewer than `step` more are equal
+        if length + step <= most and a[length : length + step] == b[length : length + step]:
+            length += step
+    return length
 
 
 def pack(views: Sequence[ScoringView], bundles: Sequence[Bundle], multiple: int, pad_id: int = 0) -> MicroBatch:
@@ -197,16 +272,3 @@ def _check_view(view: ScoringView, index: int) -> None:
     if not view.prompt_ids or not view.response_ids:
         raise ValueError(f"view {index} has {len(view.prompt_ids)} prompt and {len(view.response_ids)} response tokens; "
                          "scoring needs at least one of each")
-
-
-def _balance(costs: Sequence[int], bins: int, most: int | None = None) -> list[list[int]]:
-    """Indices of `costs`, the largest first, each into the lightest bin with fewer than `most` members. With at least as many
-    indices as bins, no bin stays empty."""
-    members: list[list[int]] = [[] for _ in range(bins)]
-    lightest = [(0, 0, b) for b in range(bins)]  # a heap of (load, members, bin): an empty bin comes before one of costs 0
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, count, b = heapq.heappop(lightest)
-        members[b].append(index)
-        if count + 1 != most:
-            heapq.heappush(lightest, (load + costs[index], count + 1, b))
-    return members

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_antisd.data.packing import MicroBatch, pack, plan_bundles
+from megatron_antisd.data.packing import EQUAL_TOKENS, CostModel, MicroBatch, pack, plan_bundles
 from megatron_antisd.models.attention import PackedSequences, context_part
+from megatron_antisd.models.description import FAMILIES, ModelDescription
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.records import ScoringView
 
@@ -39,15 +42,32 @@ class RowPlan:
     """Of all tokens of the batch that pass through the model."""
 
 
-def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int) -> RowPlan:
-    """Pack `views` into rows of up to `limit` tokens for all data-parallel ranks; keep this rank's."""
+def cost_model(description: ModelDescription) -> CostModel:
+    """What a forward pass computes: a multiplication and an addition for every weight of a matrix that a token meets, and for every number of the
+    head that a query meets in a key and in a value. Of experts a token meets those that the router chooses."""
+    sizes = description.sizes
+    fields = FAMILIES[description.hf["model_type"]].fields(description.hf)
+    weights = 0
+    for weight in description.weights:
+        if "{layer}" in weight.megatron:  # the embedding is looked up, the output layer is counted by response tokens
+            meets = fields["moe_router_topk"] if weight.expert else 1
+            weights += meets * sum(math.prod(shape) for shape in weight.huggingface.values() if len(shape) == 2)
+    sliding = fields.get("window_attn_skip_freq", [0] * sizes.layers)
+    windows = Counter(fields["window_size"][0] + 1 if slides else None for slides in sliding)
+    pair = 4 * sizes.heads * sizes.head_dim
+    return CostModel(token=2 * sizes.layers * weights, scored=2 * sizes.hidden * sizes.vocab,
+                     pairs=tuple((window, pair * layers) for window, layers in windows.items()))
+
+
+def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int, *, model: CostModel = EQUAL_TOKENS) -> RowPlan:
+    """Pack `views` into rows of up to `limit` tokens for all data-parallel ranks, equally costly by `model`; keep this rank's."""
     lengths = tuple(len(view.response_ids) for view in views)
     first = torch.tensor([0, *lengths]).cumsum(0)
-    bundles, plan = plan_bundles(views, layout.data_size, limit)
-    costs = [bundle.cost(views) for bundle in bundles]
-    real = [sum(costs[b] for b in row) for rank in plan for row in rank]
+    bundles, plan = plan_bundles(views, layout.data_size, limit, model)
+    tokens = [bundle.tokens(views) for bundle in bundles]
+    real = [sum(tokens[b] for b in row) for rank in plan for row in rank]
     fillers = -len(plan[0]) % layout.pipeline_size if layout.virtual_size > 1 else 0
-    padding = sum(-tokens % layout.row_multiple for tokens in real) + fillers * layout.row_multiple * layout.data_size
+    padding = sum(-length % layout.row_multiple for length in real) + fillers * layout.row_multiple * layout.data_size
     rows = []
     for numbers in plan[layout.data_rank]:
         micro = pack(views, [bundles[b] for b in numbers], multiple=layout.row_multiple)
