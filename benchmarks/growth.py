@@ -61,7 +61,8 @@ def measure(directory: Path) -> dict[str, list[tuple[int, dict[str, Point]]]]:
         for shape in of:
             known[shape] = known.get(shape) or output_layer(*shape)
             found[axis].append((shape[index], known[shape]))
-            row = "; ".join(f"{name} {known[shape][way]['seconds']:.2f} s, {known[shape][way]['bytes'] / 2**20:,.0f} MiB" for way, name in WAYS.items())
+            points = known[shape]
+            row = "; ".join(f"{name} {points[way]['seconds']:.2f} s, {points[way]['bytes'] / 2**20:,.0f} MiB" for way, name in WAYS.items())
             print(f"T {shape[0]}, V {shape[1]}, TP {shape[2]}: {row}", flush=True)
     return found | {"group size": group_sizes(directory)}
 

@@ -4,10 +4,10 @@
     python -m benchmarks.output_layer --device cuda --dtype bfloat16 --tokens 6827 --hidden 2048 --vocab 75968 --rounds 3
 
 Ways: `naive` (log_softmax over all logits, autograd; with TP over the gathered logits), `cross_entropy` (Megatron-Core's vocabulary-parallel one,
-and the entropy from the logits), `scores` (`linear_log_prob_and_entropy`), `loss` (`linear_policy_loss`, with gradient only), on a GPU the last also as `loss, triton`. Each runs in
-processes of its own, by turns; memory is the peak beyond the inputs and the gradient buffers, on the CPU of the process, on a GPU of the
-allocator; time and memory are the slowest rank's. Errors are root mean squares over rows, of log-probs and of the hidden states' gradient,
-against float64. On a GPU torch alone is needed, for all ways but `cross_entropy`.
+and the entropy from the logits), `scores` (`linear_log_prob_and_entropy`), `loss` (`linear_policy_loss`, with gradient only), on a GPU the last
+also as `loss, triton`. Each runs in processes of its own, by turns; memory is the peak beyond the inputs and the gradient buffers, on the CPU of
+the process, on a GPU of the allocator; time and memory are the slowest rank's. Errors are root mean squares over rows, of log-probs and of the
+hidden states' gradient, against float64. On a GPU torch alone is needed, for all ways but `cross_entropy`.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ class Pass:
 
     def __call__(self, count: int) -> torch.Tensor:
         """Log-probs of the first `count` tokens, gradients where asked for."""
-        from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
-        from megatron_antisd.parallel.vocab_kernels import select_kernels
+        from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, select_kernels
         from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
         self.hidden.grad, slope = None, self.slope[:count]
@@ -174,8 +173,8 @@ def _synchronise(device: str) -> None:
 def best_of(way: str, backward: bool, tokens: int, ranks: int, given: argparse.Namespace) -> dict[str, Any]:
     """The fastest of the rounds, each in fresh processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "benchmarks.output_layer", "--way", way, *(["--backward"] if backward else []), "--tokens", str(tokens),
-               "--ranks", str(ranks)]
+    command = [sys.executable, *launcher, "-m", "benchmarks.output_layer", "--way", way, *(["--backward"] if backward else []),
+               "--tokens", str(tokens), "--ranks", str(ranks)]
     for name in ("hidden", "vocab", "chunk_mb", "dtype", "device"):
         command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     results = []
@@ -237,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     given.ranks = given.ranks or ([1] if given.device == "cuda" else [1, 2])
     card = torch.cuda.get_device_name() if given.device == "cuda" else f"{os.cpu_count()} CPU cores, load average {os.getloadavg()[0]:.1f}"
-    print(f"{card}, torch {torch.__version__}; H {given.hidden}, V {given.vocab}, {given.dtype}, logits of {given.chunk_mb} MiB at once in training\n")
+    print(f"{card}, torch {torch.__version__}; H {given.hidden}, V {given.vocab}, {given.dtype}, chunks of {given.chunk_mb} MiB in training\n")
     print("| pass | TP | T | way | seconds | to naive | extra GiB | to naive | log-prob error | gradient error |")
     print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)
     missed: list[str] = []

@@ -1,9 +1,9 @@
 """What does the teacher's pass save by computing each privileged prompt of a group once? `python -m benchmarks.prefix_sharing`.
 
 A real `Trainer.score` of a 7.4M-parameter Qwen3-MoE on one rank of one thread. A group's G views have two prompts that end in a short
-feedback (one rollout is shown another solution than the rest, as where several are correct), and responses of 256 tokens. The unshared pass is the same
-call on views of the same lengths whose prompts differ from their first token on. Both by turns in one process; products and attention are counted
-by torch as they run. Exactness: every view scored in a batch of its own.
+feedback (one rollout is shown another solution than the rest, as where several are correct), and responses of 256 tokens. The unshared pass is
+the same call on views of the same lengths whose prompts differ from their first token on. Both by turns in one process; products and attention
+are counted by torch as they run. Exactness: every view scored in a batch of its own.
 
 Goal: at least 0.8 of the tokens saved show as time saved, log-probs and entropies within 1e-4 nats.
 """
@@ -97,18 +97,18 @@ def compare(trainer: Trainer, ratio: float, group_size: int, rounds: int) -> Com
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     from megatron_antisd.models import attention
-    from megatron_antisd.parallel.rows import plan_rows
+    from megatron_antisd.parallel.rows import cost_model, plan_rows
 
     batches = [make_views(ratio, group_size, shared) for shared in (True, False)]
     # The bias that says "the last query beside the last key" cannot be made while torch counts; a plain mask costs the same here.
-    plain_mask = mock.patch.object(attention, "causal_lower_right", lambda queries, keys: torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries))
+    plain = mock.patch.object(attention, "causal_lower_right", lambda queries, keys: torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries))
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     flops, tokens, seconds = [], [], ([], [])
     for views in batches:
-        with plain_mask, FlopCounterMode(display=False, custom_mapping=kernels) as counted:
+        with plain, FlopCounterMode(display=False, custom_mapping=kernels) as counted:
             trainer.score(views)
         flops.append(counted.get_total_flops())
-        rows = plan_rows(views, trainer.layout, trainer.config.trainer.score_micro_batch_tokens).rows
+        rows = plan_rows(views, trainer.layout, trainer.config.trainer.score_micro_batch_tokens, model=cost_model(trainer.description)).rows
         tokens.append(sum(len(row.input_ids) for row in rows))
         if views is batches[0]:
             scores = trainer.score(views)

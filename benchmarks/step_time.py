@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "bench" and given.layout == "data-parallel":
             reached = reached and part <= FLOOR_GOAL * two
         print(f"\n{table(rows)}\n\n{name}: AntiSD / GRPO = {ratio:.2f} (goal: at most {GOAL}), {len(rows['grpo'])} steps each\n"
-              f"train part: {part:.3f}, {part / two:.2f} x the floor of two trunks ({two:.3f}), {part / one:.2f} x that of one ({one:.3f})\n", flush=True)
+              f"train part: {part:.3f}, {part / two:.2f} x the floor of two trunks ({two:.3f}), {part / one:.2f} x that of one ({one:.3f})\n",
+              flush=True)
     return 0 if reached else 1
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_antisd.data.packing import EQUAL_TOKENS, CostModel, MicroBatch, pack, plan_bundles
+from megatron_antisd.data.packing import CostModel, MicroBatch, pack, plan_bundles
 from megatron_antisd.models.attention import PackedSequences, context_part
 from megatron_antisd.models.description import FAMILIES, ModelDescription
 from megatron_antisd.parallel.layout import ProcessLayout
@@ -59,7 +59,7 @@ def cost_model(description: ModelDescription) -> CostModel:
                      pairs=tuple((window, pair * layers) for window, layers in windows.items()))
 
 
-def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int, *, model: CostModel = EQUAL_TOKENS) -> RowPlan:
+def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int, *, model: CostModel) -> RowPlan:
     """Pack `views` into rows of up to `limit` tokens for all data-parallel ranks, equally costly by `model`; keep this rank's."""
     lengths = tuple(len(view.response_ids) for view in views)
     first = torch.tensor([0, *lengths]).cumsum(0)

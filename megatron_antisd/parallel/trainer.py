@@ -24,10 +24,9 @@ from megatron_antisd.parallel.data_parallel import data_parallel_chunks
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
 from megatron_antisd.parallel.reshard import WeightStream
-from megatron_antisd.parallel.rows import Row, RowPlan, lone_filler, lone_row, plan_rows
+from megatron_antisd.parallel.rows import Row, RowPlan, cost_model, lone_filler, lone_row, plan_rows
 from megatron_antisd.parallel.stored_weights import load_model_weights
-from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
-from megatron_antisd.parallel.vocab_kernels import select_kernels
+from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, select_kernels
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 from megatron_antisd.parallel.vocab_shard import NonFiniteHiddenError
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
@@ -48,6 +47,7 @@ class Trainer:
         model_config.finalize_model_grads_func = _sum_gradients
         model_config.grad_scale_func = self.optimizer.scale_loss
         self._schedule = get_forward_backward_func()
+        self._cost = cost_model(description)
         self._kernels = select_kernels(config.trainer.vocab_kernels)
         self._stream = WeightStream(self.chunks, description, layout, config.rollout.sync_bucket_bytes)
 
@@ -56,7 +56,7 @@ class Trainer:
         # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
         short = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
         missing = max(0, self.layout.data_size - len(views))
-        plan = plan_rows([*views, *[short] * missing], self.layout, self.config.trainer.score_micro_batch_tokens)
+        plan = plan_rows([*views, *[short] * missing], self.layout, self.config.trainer.score_micro_batch_tokens, model=self._cost)
         self._set_training(False)
         with torch.no_grad():
             results = self._run(plan.rows, self._scores, forward_only=True)
@@ -66,7 +66,7 @@ class Trainer:
 
     def step(self, batch: TrainingBatch, learning_rate: float) -> StepStats:
         """One policy update; skipped, with nothing changed, when loss or gradient is not finite. Collective."""
-        plan = plan_rows(batch.views, self.layout, self.config.trainer.micro_batch_tokens)
+        plan = plan_rows(batch.views, self.layout, self.config.trainer.micro_batch_tokens, model=self._cost)
         weights = token_weights(batch.lengths, batch.sequence_mask, self.config.algorithm.loss)
         sequence_advantage = batch.sequence_advantage.repeat_interleave(torch.tensor(batch.lengths))
         self._set_training(True)

@@ -88,6 +88,17 @@ def linear_log_prob_and_entropy(
     return _LinearScores.apply(hidden, weight, targets, shard, temperature, entropy_grad, kernels)
 
 
+def select_kernels(name: str) -> Kernels:
+    """'torch' or 'triton'. Raises ImportError where Triton is not installed."""
+    if name == "torch":
+        return TORCH
+    if name != "triton":
+        raise ValueError(f"kernels are {name!r}, expected 'torch' or 'triton'")
+    from megatron_antisd.parallel.vocab_triton import TRITON
+
+    return TRITON
+
+
 @dataclass(frozen=True, kw_only=True)
 class _RowGradients:
     """What backward was given and needs for each row."""

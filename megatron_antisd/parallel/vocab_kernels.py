@@ -49,14 +49,3 @@ def _gradient(exponential: torch.Tensor, scale: torch.Tensor, place: torch.Tenso
 
 
 TORCH = Kernels(statistics=_statistics, gradient=_gradient)
-
-
-def select_kernels(name: str) -> Kernels:
-    """'torch' or 'triton'. Raises ImportError where Triton is not installed."""
-    if name == "torch":
-        return TORCH
-    if name != "triton":
-        raise ValueError(f"kernels are {name!r}, expected 'torch' or 'triton'")
-    from megatron_antisd.parallel.vocab_triton import TRITON
-
-    return TRITON

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy
-from megatron_antisd.parallel.vocab_kernels import select_kernels
+from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, select_kernels
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

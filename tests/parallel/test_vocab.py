@@ -57,7 +57,8 @@ def test_random_shapes() -> None:
         check(
             Case(
                 name=f"random {number}", tokens=draw(0, 40), vocab_size=vocab_size, padded=vocab_size + draw(0, 20),
-                hidden=draw(1, 30) if number % 2 else None, scale=1.0, chunk_tokens=draw(1, 45), block_columns=draw(1, 60), entropy_grad=number % 3 > 0,
+                hidden=draw(1, 30) if number % 2 else None, scale=1.0, chunk_tokens=draw(1, 45), block_columns=draw(1, 60),
+                entropy_grad=number % 3 > 0,
                 temperature=0.5 + number / 20, tolerance=5e-6,
             ),
             None,
@@ -75,7 +76,8 @@ def fake_megatron_parameter(dtype: torch.dtype, tied: bool) -> torch.nn.Paramete
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradient_goes_into_main_grad(dtype: torch.dtype, tied: bool) -> None:
-    """Added in fp32 to what is there; `.grad` is one zero in the weight's shape, or left to the embedding where the weight is tied. Tolerance 1e-5 (sums of 11 tokens), for bf16 weights as well:
+    """Added in fp32 to what is there; `.grad` is one zero in the weight's shape, or left to the embedding where the weight is tied.
+    Tolerance 1e-5 (sums of 11 tokens), for bf16 weights as well:
     on the CPU they are lifted to fp32 before the product."""
     torch.manual_seed(0)
     weight = fake_megatron_parameter(dtype, tied)
