@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -160,6 +162,7 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, spec:
     )
     chunk.rotary_pos_emb = PackedRotary(frequencies(description.hf), config.params_dtype)
     _mark_expert_parameters(chunk)
+    _let_router_graphs_go(chunk)
     return chunk.cuda() if torch.cuda.is_available() else chunk
 
 
@@ -169,3 +172,17 @@ def _mark_expert_parameters(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
+
+
+def _let_router_graphs_go(model: torch.nn.Module) -> None:
+    """Megatron's dispatcher keeps the router's weights until the layer's next forward pass, for their dtype alone, and with them the graph they
+    come from. Under recomputation that graph ends at a copy of the layer's input, with its gradient: two inputs a layer, from the backward pass
+    through the rollouts to the next step."""
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            # The experts are called once the weights have been dispatched, when the whole layer is recomputed too.
+            layer.experts.register_forward_hook(partial(_detach_dispatched, layer.token_dispatcher))
+
+
+def _detach_dispatched(dispatcher: Any, *_: Any) -> None:
+    dispatcher.probs = dispatcher.probs.detach()

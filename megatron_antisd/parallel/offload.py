@@ -14,7 +14,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     """torch's AdamW, bit for bit, with 8 bytes a parameter less on the GPU: a step brings a parameter's moments there, updates, and takes them
     back to pinned host memory, one parameter after another. That moves 16 bytes a parameter over the bus.
 
-    Megatron's own offloading keeps two copies of the main weights and can run neither on a CPU nor with this project's checkpoints.
+    Megatron's own offloading updates on the CPU, cannot run without a GPU, and keeps its state where this project's checkpoints do not look.
     """
 
     def __init__(self, params: Any, *, adam_w_mode: bool = True, **options: Any) -> None:

@@ -98,6 +98,12 @@ def check_small_buckets(trainer: Trainer, streamed: dict[str, torch.Tensor]) -> 
         assert name == expected_name and torch.equal(tensor, expected), name
 
 
+def check_no_graph_stays(trainer: Trainer) -> None:
+    """What Megatron's dispatchers remember of the last row must not hold its graph, and with recomputation each layer's input, until the next."""
+    dispatchers = [module.token_dispatcher for chunk in trainer.chunks for module in chunk.modules() if hasattr(module, "token_dispatcher")]
+    assert not any(dispatcher.probs.requires_grad for dispatcher in dispatchers)
+
+
 def main() -> None:
     checkpoint, output, steps, *overrides = sys.argv[1:]
     config = configuration(checkpoint, overrides)
@@ -124,6 +130,7 @@ def main() -> None:
         result["steps"].append((stats.loss, stats.grad_norm, stats.clip_fraction, stats.student_entropy_mean, stats.mismatch_kl))
         result["student"].append(stats.student.log_prob)
         result["padding"] = stats.padding_share
+    check_no_graph_stays(trainer)
     result["weights"] = {name: tensor.clone() for name, tensor in trainer.export()}
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (result["steps"], result["score"][0].tolist(), float(sum(t.double().sum() for t in result["weights"].values()))))
