@@ -111,8 +111,8 @@ def compare(trainer: Trainer, ratio: float, group_size: int, rounds: int) -> Com
         rows = plan_rows(views, trainer.layout, trainer.config.trainer.score_micro_batch_tokens, model=cost_model(trainer.description)).rows
         tokens.append(sum(len(row.input_ids) for row in rows))
         if views is batches[0]:
-            scores = trainer.score(views)
-            alone = [trainer.score([view]) for view in views]
+            scores = trainer.score(views, gather_entropy=True)
+            alone = [trainer.score([view], gather_entropy=True) for view in views]
             apart = [torch.cat([getattr(one, name) for one in alone]) - getattr(scores, name) for name in ("log_prob", "entropy")]
             difference = float(torch.stack(apart).abs().max())
     for _ in range(rounds):

@@ -23,8 +23,8 @@ class TeacherScores:
     """[T] float32, NaN where there is no teacher."""
     mask: torch.Tensor
     """[T] bool."""
-    entropy: torch.Tensor
-    """[T_teacher] float32, of the tokens under the mask."""
+    entropy_median: float | None
+    """Exact lower median of the entropies of the tokens under the mask; None where there is none."""
     missing: int | None
     """Rollouts without a teacher; None where no teacher was asked for."""
 
@@ -44,7 +44,7 @@ def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], sco
     if scores is None:
         if expected:
             raise ValueError(f"{len(expected)} privileged views were not scored")
-        return TeacherScores(log_prob=log_prob, mask=mask, entropy=torch.empty(0), missing=missing)
+        return TeacherScores(log_prob=log_prob, mask=mask, entropy_median=None, missing=missing)
     if scores.lengths != expected:
         raise ValueError(f"teacher scores have response lengths {scores.lengths}, the rollouts {expected}")
     if not scores.log_prob.isfinite().all():
@@ -52,18 +52,13 @@ def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], sco
         raise ValueError(f"the teacher's log-prob of its response token {broken} of {len(scores.log_prob)} is {scores.log_prob[broken]}; "
                          "the weights or the logits are not finite")
     log_prob[mask] = scores.log_prob
-    return TeacherScores(log_prob=log_prob, mask=mask, entropy=scores.entropy, missing=missing)
+    return TeacherScores(log_prob=log_prob, mask=mask, entropy_median=scores.entropy_median, missing=missing)
 
 
 def no_teacher(lengths: Sequence[int]) -> TeacherScores:
     """For methods without a teacher pass."""
     total = sum(lengths)
-    return TeacherScores(log_prob=torch.full((total,), float("nan")), mask=torch.zeros(total, dtype=torch.bool), entropy=torch.empty(0), missing=None)
-
-
-def lower_median(values: torch.Tensor) -> float | None:
-    """Exact; the lower middle of an even count; None of nothing. The gate's H: the same on every rank, whatever the layout."""
-    return float(values.median()) if values.numel() else None  # torch's median is the lower one
+    return TeacherScores(log_prob=torch.full((total,), float("nan")), mask=torch.zeros(total, dtype=torch.bool), entropy_median=None, missing=None)
 
 
 def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: TokenScores | None, lambda_: float,

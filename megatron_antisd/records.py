@@ -99,8 +99,10 @@ class TokenScores:
 
     log_prob: torch.Tensor
     """[sum T_i] float32, nats."""
-    entropy: torch.Tensor
-    """[sum T_i] float32, exact entropy over the full vocabulary, nats."""
+    entropy_median: float | None
+    """Exact lower median of the same tokens' entropies over the full vocabulary, nats; None where none was asked for."""
+    entropy: torch.Tensor | None = None
+    """[sum T_i] float32, those entropies; None where they were left on the ranks that computed them."""
     lengths: tuple[int, ...]
     """T_i of each view."""
 
@@ -108,7 +110,7 @@ class TokenScores:
         expected = sum(self.lengths)
         for name in ("log_prob", "entropy"):
             tensor = getattr(self, name)
-            if tensor.shape != (expected,):
+            if tensor is not None and tensor.shape != (expected,):
                 raise ValueError(f"TokenScores.{name} has shape {tuple(tensor.shape)}, expected ({expected},) "
                                  f"from {len(self.lengths)} responses")
 
@@ -171,4 +173,4 @@ class StepStats:
     padding_share: float
     """Share of tokens through the model that were padding."""
     student: TokenScores
-    """The training forward's own scores, no gradient, in the order of the batch's views."""
+    """The training forward's own log-probs, no gradient, in the order of the batch's views."""

@@ -68,7 +68,7 @@ def decide_gate(run: Run, teacher: batching.TeacherScores, student: TokenScores 
     if not _gated(run):
         return None
     by_student = student is not None and (run.config.gate.mode == "student" or not run.config.needs_teacher)
-    return run.gate.update(batching.lower_median(student.entropy if by_student else teacher.entropy))
+    return run.gate.update(student.entropy_median if by_student else teacher.entropy_median)
 
 
 def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores, student: TokenScores | None,
@@ -98,7 +98,7 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         **batching.rollout_figures(graded.groups),
         **batching.u_figures(teacher, student_log_prob(run, batches, stats)),
         **batching.update_figures(stats, [b.tokens for b in batches]),
-        "teacher_entropy_median": batching.lower_median(teacher.entropy),
+        "teacher_entropy_median": teacher.entropy_median,
         "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
         "gate_entropy": gate and gate.entropy, "gate_marginal": gate and gate.marginal,
         "lambda": lambda_, "shadow_lambda": gate.lambda_ if gate is not None and run.config.algorithm.shadow else None,

@@ -41,7 +41,7 @@ def lengths_of(groups: list[RolloutGroup]) -> list[int]:
 def scores_of(lengths: list[int], seed: int = 0) -> TokenScores:
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(2, sum(lengths), generator=generator)
-    return TokenScores(log_prob=-values[0], entropy=values[1], lengths=tuple(lengths))
+    return TokenScores(log_prob=-values[0], entropy_median=float(values[1].median()), lengths=tuple(lengths))
 
 
 def teacher_of(groups: list[RolloutGroup], without: tuple[int, ...] = ()) -> batching.TeacherScores:
@@ -129,7 +129,7 @@ def test_teacher_scores_stand_at_their_rollouts_tokens(groups: list[RolloutGroup
     lengths = lengths_of(groups)
     scores = scores_of([n for i, n in enumerate(lengths) if i not in without], seed=5)
     laid = batching.lay_out_teacher(lengths, privileged(groups, without), scores)
-    assert laid.missing == 3 and torch.equal(laid.entropy, scores.entropy)
+    assert laid.missing == 3 and laid.entropy_median == scores.entropy_median
     source, position = iter(scores.log_prob.tolist()), 0
     for i, length in enumerate(lengths):
         for _ in range(length):
@@ -144,10 +144,10 @@ def test_teacher_scores_stand_at_their_rollouts_tokens(groups: list[RolloutGroup
 def test_no_teacher_anywhere(groups: list[RolloutGroup]) -> None:
     lengths = lengths_of(groups)
     laid = batching.lay_out_teacher(lengths, privileged(groups, tuple(range(12))), None)
-    assert laid.missing == 12 and not laid.mask.any() and laid.log_prob.isnan().all() and laid.entropy.numel() == 0
+    assert laid.missing == 12 and not laid.mask.any() and laid.log_prob.isnan().all() and laid.entropy_median is None
     none = batching.no_teacher(lengths)
     assert none.missing is None and not none.mask.any() and none.log_prob.isnan().all()
-    assert batching.lower_median(laid.entropy) is None
+    assert none.entropy_median is None
 
 
 def test_teacher_scores_that_do_not_fit_are_refused(groups: list[RolloutGroup]) -> None:
@@ -167,13 +167,6 @@ def test_teacher_scores_that_do_not_fit_are_refused(groups: list[RolloutGroup]) 
 
 
 # -- figures ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 101, 1000])
-def test_lower_median_against_numpy(count: int) -> None:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    assert batching.lower_median(values) == np.quantile(values.numpy(), 0.5, method="lower")
-    assert batching.lower_median(values.flip(0)) == batching.lower_median(values)
 
 
 def test_rollout_figures_against_numpy(groups: list[RolloutGroup]) -> None:
@@ -230,7 +223,7 @@ def test_u_figures_of_a_broken_forward_pass_are_missing_not_nan(groups: list[Rol
 def stats(**changes: float) -> StepStats:
     values = dict(loss=1.0, grad_norm=2.0, skipped=False, clip_fraction=0.1, student_entropy_mean=0.5, mismatch_kl=0.01, mismatch_mean=0.02,
                   mismatch_max=0.3, padding_share=0.0)
-    scores = TokenScores(log_prob=torch.zeros(1), entropy=torch.zeros(1), lengths=(1,))
+    scores = TokenScores(log_prob=torch.zeros(1), entropy_median=None, lengths=(1,))
     return StepStats(**{**values, **changes}, student=scores)
 
 

@@ -307,6 +307,8 @@ def _package_problems(config: RunConfig) -> Iterator[str]:
     if config.optimizer.backend == "apex" and not _has("apex", inside="optimizers"):
         yield ("optimizer.backend=apex: NVIDIA's apex is not installed (the package index's `apex` is another project of "
                "that name); build it from source or set optimizer.backend=torch")
+    if config.trainer.vocab_kernels == "triton" and not (_has("triton") and _cuda_available()):
+        yield "trainer.vocab_kernels=triton: needs a CUDA GPU and the package triton; set trainer.vocab_kernels=torch"
     if config.logging.wandb_project is not None and not _has("wandb"):
         yield "logging.wandb_project: wandb is not installed; pip install wandb, or leave the key out"
     for key, function in (("grading.function", config.grading.function), ("logging.token_kinds", config.logging.token_kinds)):

@@ -190,6 +190,8 @@ class TrainerConfig(Section):
     vocab_chunk_bytes: int = Field(512 << 20, ge=1)
     """fp32 logits that exist at once on a rank in the training step's output layer, at least one token's: 4 x vocabulary / TP bytes. Scoring
     without gradient holds a few MB of them, whatever this says."""
+    vocab_kernels: Literal["torch", "triton"] = "torch"
+    """Who works on logits between the products: torch's operators, or two Triton kernels (GPUs only; not measured yet, so not the default)."""
 
 
 class GradingConfig(Section):

@@ -25,6 +25,7 @@ from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
 from megatron_antisd.parallel.reshard import WeightStream
 from megatron_antisd.parallel.rows import Row, RowPlan, cost_model, lone_filler, lone_row, plan_rows
+from megatron_antisd.parallel.statistics import lower_median
 from megatron_antisd.parallel.stored_weights import load_model_weights
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, select_kernels
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
@@ -51,8 +52,10 @@ class Trainer:
         self._kernels = select_kernels(config.trainer.vocab_kernels)
         self._stream = WeightStream(self.chunks, description, layout, config.rollout.sync_bucket_bytes)
 
-    def score(self, views: Sequence[ScoringView]) -> TokenScores:
-        """Log-prob and exact entropy of every response token, without gradient. Collective; every rank returns all of them."""
+    def score(self, views: Sequence[ScoringView], *, gather_entropy: bool = False) -> TokenScores:
+        """Log-prob of every response token and the exact median of their entropies, without gradient; each token's entropy only where asked
+        for: nothing in training needs it beyond the rank that computed it. Collective; the same on every rank. Raises ValueError where an
+        entropy is not finite."""
         # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
         short = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
         missing = max(0, self.layout.data_size - len(views))
@@ -60,9 +63,10 @@ class Trainer:
         self._set_training(False)
         with torch.no_grad():
             results = self._run(plan.rows, self._scores, forward_only=True)
-        scores = self._assemble(plan, results)
         lengths = plan.lengths[: len(views)]
-        return TokenScores(log_prob=scores.log_prob[: sum(lengths)], entropy=scores.entropy[: sum(lengths)], lengths=lengths)
+        tokens = sum(lengths)
+        return TokenScores(log_prob=self._assemble(plan, results, 0)[:tokens], entropy_median=self._median_entropy(plan, results, tokens),
+                           entropy=self._assemble(plan, results, 1)[:tokens] if gather_entropy else None, lengths=lengths)
 
     def step(self, batch: TrainingBatch, learning_rate: float) -> StepStats:
         """One policy update; skipped, with nothing changed, when loss or gradient is not finite. Collective."""
@@ -74,18 +78,19 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(plan.rows, partial(self._policy_loss, batch, sequence_advantage, weights), forward_only=False)
-        student = self._assemble(plan, results)
-        loss, clipped = self._sum_over_batch([r[2] for r in results], [r[3] for r in results])
+        log_prob = self._assemble(plan, results, 0)
+        loss, clipped, entropy = self._sum_over_batch(
+            [r[2] for r in results], [r[3] for r in results], [r[1].double().sum() for r in results])
         set_learning_rate(self.optimizer, learning_rate)
         norm, applied = guarded_update(self.optimizer, self.config.optimizer.clip_grad, finite_loss=_finite(loss))
         # Between trainer and engine at the weights that sampled; what earlier updates of this batch moved is no mismatch.
-        difference = (student.log_prob if batch.old_log_prob is None else batch.old_log_prob) - batch.engine_log_prob
+        difference = (log_prob if batch.old_log_prob is None else batch.old_log_prob) - batch.engine_log_prob
         return StepStats(
             loss=loss, grad_norm=norm, skipped=not applied, clip_fraction=clipped / batch.tokens,
-            student_entropy_mean=float(student.entropy.double().mean()),
+            student_entropy_mean=entropy / sum(plan.lengths),
             mismatch_kl=float((torch.expm1(difference.double()) - difference.double()).mean()),
             mismatch_mean=float(difference.abs().double().mean()), mismatch_max=float(difference.abs().max()),
-            padding_share=plan.padding_share, student=student,
+            padding_share=plan.padding_share, student=TokenScores(log_prob=log_prob, entropy_median=None, lengths=plan.lengths),
         )
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -177,15 +182,25 @@ class Trainer:
         # The schedule may rescale the loss in place: report a copy.
         return loss, log_prob, entropy, loss.detach().clone(), clipped
 
-    # -- local results -> global vectors, the same on every rank ----------------------------------------------------------
+    # -- local results -> global values, the same on every rank -----------------------------------------------------------
 
-    def _assemble(self, plan: RowPlan, results: list[tuple[Any, ...]]) -> TokenScores:
-        scores = torch.zeros(2, sum(plan.lengths), dtype=torch.float32, device=self.layout.device)
+    def _assemble(self, plan: RowPlan, results: list[tuple[Any, ...]], column: int) -> torch.Tensor:
+        """[T] of all response tokens, on the CPU, from the rows' `column` of results: 0 log-probs, 1 entropies."""
+        values = torch.zeros(sum(plan.lengths), dtype=torch.float32, device=self.layout.device)
         if self.layout.is_last_stage:
             for row, result in zip(plan.rows, results, strict=True):
-                scores[:, row.where.to(self.layout.device)] = torch.stack([result[0].float(), result[1].float()])
-        scores = self._share(scores).cpu()
-        return TokenScores(log_prob=scores[0], entropy=scores[1], lengths=plan.lengths)
+                values[row.where.to(self.layout.device)] = result[column].float()
+        return self._share(values).cpu()
+
+    def _median_entropy(self, plan: RowPlan, results: list[tuple[Any, ...]], tokens: int) -> float:
+        """Of the first `tokens` response tokens: those behind them only fill up. Each rank keeps its own entropies."""
+        median = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        if self.layout.is_last_stage:
+            mine = [result[1].float()[(row.where < tokens).to(self.layout.device)] for row, result in zip(plan.rows, results, strict=True)]
+            found = lower_median(torch.cat(mine), self.layout.replicas if self.layout.replica_size > 1 else None)
+            assert found is not None, "there is a view, and a response has a token"
+            median.fill_(found)
+        return float(self._from_last_stage(median))
 
     def _sum_over_batch(self, *columns: list[Any]) -> tuple[float, ...]:
         sums = torch.zeros(len(columns), dtype=torch.float64, device=self.layout.device)
@@ -199,6 +214,9 @@ class Trainer:
         it is exact."""
         if self.layout.is_last_stage and self.layout.replica_size > 1:
             dist.all_reduce(tensor, group=self.layout.replicas)
+        return self._from_last_stage(tensor)
+
+    def _from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.layout.pipeline_size > 1:
             dist.broadcast(tensor, src=self.layout.last_stage_global_rank(), group=self.layout.pipeline)
         return tensor

@@ -24,7 +24,7 @@ def score_at_the_end(output: str) -> None:
     close = Run.close
 
     def score_and_close(self: Run) -> None:
-        scores = self.trainer.score(make_views())
+        scores = self.trainer.score(make_views(), gather_entropy=True)
         if self.is_main:
             torch.save((scores.log_prob, scores.entropy), output)
         close(self)

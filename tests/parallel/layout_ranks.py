@@ -120,7 +120,8 @@ def main() -> None:
     views = make_views()
     result: dict = {"loaded": {name: tensor.clone() for name, tensor in trainer.export()}}
     check_small_buckets(trainer, result["loaded"])
-    scores = trainer.score(views)
+    scores = trainer.score(views, gather_entropy=True)
+    assert scores.entropy_median == float(scores.entropy.median()), "selected and gathered medians differ"
     result["score"] = (scores.log_prob, scores.entropy)
     result["steps"], result["student"] = [], []
     for step in range(int(steps)):

@@ -40,7 +40,7 @@ def make_probe(trainer: Sequence[float], *, limit: float = 0.1, copies: int = 2,
         if seen is not None:
             seen.extend(views)
         values = torch.tensor(list(trainer) * len(views), dtype=torch.float32)
-        return TokenScores(log_prob=values, entropy=torch.zeros_like(values), lengths=(len(trainer),) * len(views))
+        return TokenScores(log_prob=values, entropy_median=0.0, lengths=(len(trainer),) * len(views))
 
     return SyncProbe(prompt, score=score, copies=copies, limit=limit, max_context=max_context, temperature=0.5)
 
