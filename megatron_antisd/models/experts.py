@@ -110,7 +110,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def _weight_gradients(weights: tuple[torch.Tensor, ...], counts: list[int], grad: torch.Tensor, x: torch.Tensor,
-                      ends: torch.Tensor) -> list[torch.Tensor]:
+                      ends: torch.Tensor) -> list[torch.Tensor | None]:
     """What backward returns for the weights of y = x W^T, [T, in] -> [T, out], in groups of rows that end at `ends`."""
     # Of the layouts that grouped_mm takes this is the one whose groups may have any length, none included. On Blackwell GPUs it was still seen
     # to return other than zeros for an empty group, so such a product is not read.
