@@ -19,6 +19,8 @@ def lever_problems(config: RunConfig, model_type: str | None) -> Iterator[str]:
                "set it, or leave the modules out")
     if model.recompute == "selective" and model_type == "olmo3" and "norms" in (model.recompute_modules or ()):
         yield "model.recompute_modules: norms has no effect on an olmo3 model, whose norms stand behind attention and MLP; take attention or mlp"
+    if model.recompute == "selective" and model.spec == "te" and "norms" in (model.recompute_modules or ()):
+        yield ("model.recompute_modules: norms needs model.spec=local, got te, whose norms are parts of its linear layers; take attention or mlp")
     if parallel.gradient_bucket_parameters is not None and not parallel.overlap_gradients:
         yield (f"parallel.gradient_bucket_parameters={parallel.gradient_bucket_parameters} needs parallel.overlap_gradients=true: "
                "without it all gradients are reduced at once")
@@ -32,6 +34,8 @@ def expert_form_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterato
     form = config.model.grouped_experts
     if form != "auto" and config.model.spec != "local":
         yield f"model.grouped_experts={form} needs model.spec=local, got {config.model.spec}, whose experts are its own; leave the key out"
+    if form != "auto" and model["model_type"] != "qwen3_moe":
+        yield f"model.grouped_experts={form} needs a mixture-of-experts model, but model_type is {model['model_type']!r}; leave the key out"
     if form == "grouped" and model["model_type"] == "qwen3_moe":
         element, ranks = {"float32": 4, "bfloat16": 2}[config.model.dtype], config.parallel.expert_tensor_parallel_size
         for key, size in (("hidden_size", model["hidden_size"]), ("moe_intermediate_size", model["moe_intermediate_size"] // ranks)):

@@ -20,7 +20,7 @@ import torch
 from megatron_antisd.data.balance import Plan, plan_micro_batches
 from megatron_antisd.records import ScoringView
 
-PARTS = (1, 2, 8, 32)
+PARTS = (1, 2, 4, 8, 16, 32)
 """Of a rank's fair share of compute: how large a bundle of several views may be, tried one after the other."""
 SLACK = 0.01
 """How far the slowest rank may be from the least possible before smaller bundles are tried."""

@@ -21,7 +21,7 @@ CPU_CATEGORIES = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 
 SUMMARY_ROWS = 25
-SUMMARY_LIMIT_BYTES = 1 << 30
+SUMMARY_LIMIT_BYTES = 256 << 20
 """A larger trace is not summarised: reading it would take many times its size in memory."""
 
 _log = logging.getLogger(__name__)

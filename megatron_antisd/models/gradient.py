@@ -30,13 +30,13 @@ def finished_weight_gradient(weight: torch.Tensor, buffer: torch.Tensor) -> torc
 
 
 def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total` `[m, n]` += a `[m, k]` @ b `[k, n]`, in place. Factors of one dtype; bf16 ones are multiplied in bf16 on CUDA, in fp32 elsewhere."""
-    if total.dtype != torch.float32:
-        total.add_(matmul_fp32(a, b))
-    elif _multiplies_bf16(a, b):
+    """`total` `[m, n]` += a `[m, k]` @ b `[k, n]`, in place. bf16 factors are multiplied in bf16 on CUDA, in fp32 elsewhere."""
+    if total.dtype == a.dtype == b.dtype:
+        total.addmm_(a, b)
+    elif total.dtype == torch.float32 and _multiplies_bf16(a, b):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.add_(matmul_fp32(a, b))
 
 
 def matmul_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

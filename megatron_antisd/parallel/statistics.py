@@ -7,6 +7,8 @@ depend on which rank holds what. A rank sends some tens of KB, however many valu
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -16,9 +18,8 @@ DIGITS = (11, 11, 10)
 
 def lower_median(values: torch.Tensor, group: dist.ProcessGroup | None) -> float | None:
     """The lower median of the `values` ([n] float32, each rank's own, n may be 0) of all ranks of `group`, the same on each; None where there
-    are no values at all. -0.0 counts as 0.0. Collective over `group`; None is this rank alone.
-
-    Raises ValueError on all ranks where any of them holds a NaN or an infinity, TypeError for another dtype.
+    are no values at all, NaN where any of them is not finite. -0.0 counts as 0.0. Collective over `group`; None is this rank alone.
+    Raises TypeError for another dtype.
     """
     if values.dtype != torch.float32:
         raise TypeError(f"lower_median takes float32 values, got {values.dtype}; convert them first")
@@ -34,7 +35,7 @@ def lower_median(values: torch.Tensor, group: dist.ProcessGroup | None) -> float
             counts, broken = counts[:-1], counts[-1]
             total = int(counts.sum())
             if broken:
-                raise ValueError(f"{int(broken)} of {total} values are not finite, which have no median; look for what made them")
+                return math.nan
             if total == 0:
                 return None
             rank = (total - 1) // 2

@@ -6,6 +6,7 @@ divided by the global token count, so gradients are plain sums over micro-batche
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +33,8 @@ from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 from megatron_antisd.parallel.vocab_shard import NonFiniteHiddenError
 from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
 
+_log = logging.getLogger(__name__)
+
 
 class Trainer:
     """One policy, sharded as `config.parallel` says."""
@@ -54,8 +57,8 @@ class Trainer:
 
     def score(self, views: Sequence[ScoringView], *, gather_entropy: bool = False) -> TokenScores:
         """Log-prob of every response token and the exact median of their entropies, without gradient; each token's entropy only where asked
-        for: nothing in training needs it beyond the rank that computed it. Collective; the same on every rank. Raises ValueError where an
-        entropy is not finite."""
+        for: nothing in training needs it beyond the rank that computed it. Collective; the same on every rank. Raises ValueError, on every
+        rank, where a log-prob is not finite."""
         # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
         short = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
         missing = max(0, self.layout.data_size - len(views))
@@ -65,7 +68,13 @@ class Trainer:
             results = self._run(plan.rows, self._scores, forward_only=True)
         lengths = plan.lengths[: len(views)]
         tokens = sum(lengths)
-        return TokenScores(log_prob=self._assemble(plan, results, 0)[:tokens], entropy_median=self._median_entropy(plan, results, tokens),
+        log_prob = self._assemble(plan, results, 0)[:tokens]
+        broken = torch.nonzero(~log_prob.isfinite())
+        if len(broken):
+            first = int(broken[0])
+            raise ValueError(f"the log-probs of {len(broken)} of {tokens} scored response tokens are not finite, first that of token {first}, "
+                             f"{float(log_prob[first])}: the weights are not finite, or hidden states are (their rank logged it)")
+        return TokenScores(log_prob=log_prob, entropy_median=self._median_entropy(plan, results, tokens),
                            entropy=self._assemble(plan, results, 1)[:tokens] if gather_entropy else None, lengths=lengths)
 
     def step(self, batch: TrainingBatch, learning_rate: float) -> StepStats:
@@ -150,13 +159,16 @@ class Trainer:
 
     def _scores(self, row: Row, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([R], [R]) float32 log-prob and entropy of the row's response tokens."""
+        predicting = self._predicting(row, hidden)
         try:
             return linear_log_prob_and_entropy(
-                self._predicting(row, hidden), self.output_weight(), row.targets, self.layout.tensor, self.description.geometry.vocab_size,
+                predicting, self.output_weight(), row.targets, self.layout.tensor, self.description.geometry.vocab_size,
                 entropy_grad=False, temperature=self.config.rollout.temperature, kernels=self._kernels)
         except NonFiniteHiddenError as error:
-            raise ValueError(f"{error}; this row predicts response token {int(row.where[error.row])} of the scored batch, counted over all its "
-                             "responses") from error
+            # Ranks with other rows are on their way to the next collective: this rank goes there too, and `score` raises on all of them.
+            _log.error("%s; the row predicts response token %d of the scored batch", error, int(row.where[error.row]))
+            marked = torch.zeros(len(row.targets), device=self.layout.device).masked_fill(~predicting.isfinite().all(dim=1), torch.nan)
+            return marked, marked
 
     def _policy_loss(self, batch: TrainingBatch, sequence_advantage: torch.Tensor, weights: torch.Tensor, row: Row,
                      hidden: torch.Tensor) -> tuple[Any, ...]:

@@ -13,9 +13,11 @@ from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, finite_peak
 
 DEFAULT_CHUNK_BYTES = 512 << 20
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
-"""fp32 logits that are worked on between two products: they stay in the cache of a CPU core or of a GPU."""
+"""fp32 logits that are worked on between two products: about what stays in the cache of a CPU core (measured) or of a GPU (not measured)."""
 BLOCK_TOKENS, BLOCK_COLUMNS = 1024, 512
 """Most rows of a block whose logits are not kept, and fewest columns: products of narrower blocks are slow."""
+COLUMN_MULTIPLE = 128
+"""Of a block's columns, for matrix units, which want aligned rows."""
 
 
 class NonFiniteHiddenError(ValueError):
@@ -70,6 +72,7 @@ class Shard:
         """True columns of each block for `rows` rows; none where this rank holds padding only."""
         width = max(BLOCK_COLUMNS, BLOCK_BYTES[device.type] // (4 * max(rows, 1)))
         width = -(-self.true_columns // max(1, -(-self.true_columns // width)))  # no narrow last one
+        width += -width % COLUMN_MULTIPLE
         return [slice(start, min(start + width, self.true_columns)) for start in range(0, self.true_columns, max(width, 1))]
 
     def locate(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -216,6 +216,18 @@ def test_a_group_divided_over_ranks_has_its_trunk_on_each() -> None:
     assert sorted(seen) == list(range(8))
 
 
+def test_groups_are_divided_where_whole_ones_cannot_be_balanced() -> None:
+    """Three equal groups on two ranks: whole ones would give one rank twice the other's work."""
+    generator = random.Random(0)
+    prompts = [tuple(generator.randrange(50) for _ in range(40)) for _ in range(3)]
+    responses = [tuple(generator.randrange(50) for _ in range(60)) for _ in range(24)]
+    views = tuple(ScoringView(prompt_ids=prompts[i // 8], response_ids=response) for i, response in enumerate(responses))
+    bundles, plan = plan_bundles(views, 2, 10_000, EQUAL_TOKENS)
+    whole = bundle_views(views, 2, 10_000, EQUAL_TOKENS, parts=1)
+    mean = sum(bundle.tokens(views) for bundle in whole) / 2
+    assert len(whole) == 3 and slowest(bundles, plan, views, EQUAL_TOKENS) < 1.1 * mean  # trunks computed twice are the rest
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_planned_rows_hold_every_view_with_its_past_and_ranks_are_near_the_least(ranks: int, model: CostModel) -> None:

@@ -54,7 +54,7 @@ def expected_with_gradients(counts: list[int], tensors: tuple[torch.Tensor, ...]
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize(("operator", "dtype", "tolerance"), [
-    (_Sequential, torch.float32, 1e-6), (_Sequential, torch.bfloat16, 2e-2),
+    (_Sequential, torch.float64, 1e-14), (_Sequential, torch.float32, 1e-6), (_Sequential, torch.bfloat16, 2e-2),
     (_Grouped, torch.float32, 1e-6), (_Grouped, torch.bfloat16, 2e-2)])
 def test_values_and_gradients_are_those_of_the_formula(operator: type[torch.autograd.Function], dtype: torch.dtype, tolerance: float,
                                                        counts: list[int]) -> None:

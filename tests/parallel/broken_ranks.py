@@ -1,5 +1,5 @@
-"""Hidden states that are not finite in the middle of a batch, on two tensor-parallel ranks: scoring names rank, row and response token on both, a
-training step is skipped and names them in a warning. Usage: broken_ranks.py CHECKPOINT OUTPUT"""
+"""Hidden states that are not finite in the middle of a batch, on two ranks: scoring raises on both and names the response token, a training step is
+skipped; the rank that has them names itself in its log. Usage: broken_ranks.py CHECKPOINT OUTPUT key=value"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ BROKEN = VOCAB - 1
 
 
 def main() -> None:
-    checkpoint, output = sys.argv[1:]
-    config = configuration(checkpoint, ["parallel.tensor_parallel_size=2"])
+    checkpoint, output, override = sys.argv[1:]
+    config = configuration(checkpoint, [override])
     start_process_group(60)
     megatron_cpu.install()
     from megatron_antisd.models.build import describe
@@ -37,9 +37,9 @@ def main() -> None:
     logging.getLogger("megatron_antisd").addHandler(handler)
     layout = build_layout(config.parallel, seed=0)
     trainer = Trainer(config, layout, describe(checkpoint, layout.tensor_size))
-    embedding = trainer.chunks[0].embedding.word_embeddings.weight
-    if dist.get_rank() == 1:  # the rank that holds the id
-        embedding.data[BROKEN - embedding.shape[0]] = float("nan")
+    if layout.pipeline_rank == 0 and layout.tensor_rank == layout.tensor_size - 1:  # a rank that holds the id
+        embedding = trainer.chunks[0].embedding.word_embeddings.weight
+        embedding.data[BROKEN - layout.tensor_rank * embedding.shape[0]] = float("nan")
     views = list(make_views(vocab=BROKEN))
     views[-1] = ScoringView(prompt_ids=views[-1].prompt_ids, response_ids=(5, 6, BROKEN, 7, 8))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 
 import torch
 import torch.distributed as dist
@@ -35,15 +36,10 @@ def main() -> None:
 
 
 def one_rank_at_fault(group: dist.ProcessGroup) -> None:
-    """A number that is none raises everywhere, and the next call works."""
+    """What is not finite shows on every rank, and the next call works."""
     for bad in (float("nan"), float("inf"), float("-inf")):
         values = torch.tensor([1.0, bad if dist.get_rank() == 2 else 2.0])
-        try:
-            lower_median(values, group)
-        except ValueError as error:
-            assert "1 of 8 values are not finite" in str(error), error
-        else:
-            raise AssertionError(f"{bad} on one rank was accepted on rank {dist.get_rank()}")
+        assert math.isnan(lower_median(values, group)), f"{bad} on one rank was accepted on rank {dist.get_rank()}"
     assert lower_median(torch.tensor([float(dist.get_rank())]), group) == 1.0
 
 

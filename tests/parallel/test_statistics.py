@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -36,8 +37,7 @@ def test_every_count_against_a_sorted_list() -> None:
 def test_nothing_and_what_is_no_number() -> None:
     assert lower_median(torch.empty(0), None) is None
     for bad in (float("nan"), float("inf"), float("-inf")):
-        with pytest.raises(ValueError, match="1 of 3 values are not finite"):
-            lower_median(torch.tensor([1.0, bad, 2.0]), None)
+        assert math.isnan(lower_median(torch.tensor([1.0, bad, 2.0]), None))
     with pytest.raises(TypeError, match=r"float32 values, got torch\.float64"):
         lower_median(torch.zeros(3, dtype=torch.float64), None)
 

@@ -20,7 +20,7 @@ from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 from megatron_antisd.parallel.vocab_shard import NonFiniteHiddenError, Shard
 
 HERE = Path(__file__).parent
-SIZES = {name: getattr(vocab_shard, name) for name in ("BLOCK_BYTES", "BLOCK_COLUMNS", "BLOCK_TOKENS")}
+SIZES = {name: getattr(vocab_shard, name) for name in ("BLOCK_BYTES", "BLOCK_COLUMNS", "BLOCK_TOKENS", "COLUMN_MULTIPLE")}
 
 
 @pytest.fixture(autouse=True)
@@ -253,4 +253,5 @@ def test_blocks_cover_the_true_columns_once() -> None:
         blocks = shard.blocks(rows, torch.device("cpu"))
         assert [c for block in blocks for c in range(block.start, block.stop)] == list(range(true))
         widths = {block.stop - block.start for block in blocks[:-1]}
-        assert len(widths) <= 1 and all(4 * rows * w <= max(vocab_shard.BLOCK_BYTES["cpu"], 4 * rows * vocab_shard.BLOCK_COLUMNS) for w in widths)
+        most = max(vocab_shard.BLOCK_BYTES["cpu"] // (4 * max(rows, 1)), vocab_shard.BLOCK_COLUMNS) + vocab_shard.COLUMN_MULTIPLE
+        assert len(widths) <= 1 and all(w <= most and w % vocab_shard.COLUMN_MULTIPLE == 0 for w in widths)
