@@ -36,6 +36,7 @@ from megatron_antisd.parallel.vocab_shard import (
     in_block,
     logits_block,
     merge,
+    rows_statistics,
 )
 
 Gradients = tuple[torch.Tensor | None, ...]
@@ -179,8 +180,7 @@ class _LinearScores(torch.autograd.Function):
         column, owned = shard.locate(targets)
         local = empty_statistics(targets)
         for rows, blocks in _blocks(hidden, shard):
-            parts = [kernels.statistics(logits_block(hidden[rows], weight, block, temperature), *in_block(column[rows], block)) for block in blocks]
-            local[:, rows] = combine(torch.stack(parts))
+            local[:, rows] = combine(rows_statistics(hidden[rows], weight, column[rows], blocks, temperature, kernels))
         log_prob, norm = merge(local, targets, owned, shard, hidden)
         entropy = norm[2].clone()
         _remember(ctx, (hidden, weight, targets, norm), shard, None if entropy_grad else entropy)

@@ -28,8 +28,8 @@ from megatron_antisd.parallel.vocab_shard import (
     combine,
     empty_statistics,
     in_block,
-    logits_block,
     merge_chunk,
+    rows_statistics,
 )
 
 _log = logging.getLogger(__name__)
@@ -120,13 +120,11 @@ class _Chunk:
         self._blocks = shard.blocks(len(hidden), hidden.device)
         self._exponential = torch.empty(len(hidden), shard.true_columns, dtype=torch.float32, device=hidden.device)
         """[c, true columns]: exp(x - the maximum of the block)."""
-        self._parts = [
-            kernels.statistics(logits_block(hidden, weight, block, temperature, out=self._exponential[:, block]), *in_block(column, block))
-            for block in self._blocks]
+        self._parts = rows_statistics(hidden, weight, column, self._blocks, temperature, kernels, self._exponential) if self._blocks else None
 
     def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob and entropy, `[c]` each. Collective."""
-        local = combine(torch.stack(self._parts)) if self._parts else empty_statistics(self._column)
+        local = combine(self._parts) if self._parts is not None else empty_statistics(self._column)
         log_prob, self._norm = merge_chunk(local, self._owned, self._shard)
         return log_prob, self._norm[2]
 
@@ -136,7 +134,7 @@ class _Chunk:
         total = torch.zeros_like(self._hidden, dtype=torch.float32) if needs_hidden else None
         # p = exp(x - m_b) exp(m_b - m) / Z; gradient of the logits: slope ([v = target] - p)
         base, at_target = -slope * (-self._norm[1]).exp(), slope * self._owned
-        for block, part in zip(self._blocks, self._parts, strict=True):
+        for block, part in zip(self._blocks, self._parts if self._parts is not None else (), strict=True):
             scale = base * (part[0] - self._norm[0]).clamp_(min=EXP_FLOOR).exp()
             place, inside = in_block(self._column, block)
             factor = self._kernels.gradient(self._exponential[:, block], scale, place, torch.where(inside, at_target, 0.0), self._weight.dtype)

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_antisd.models.gradient import matmul_fp32
-from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, finite_peak
+from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, Kernels, finite_peak
 
 DEFAULT_CHUNK_BYTES = 512 << 20
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
 """fp32 logits that are worked on between two products: about what stays in the cache of a CPU core (measured) or of a GPU (not measured)."""
-BLOCK_TOKENS, BLOCK_COLUMNS = 1024, 512
+BLOCK_TOKENS, BLOCK_COLUMNS = 512, 512
 """Most rows of a block whose logits are not kept, and fewest columns: products of narrower blocks are slow."""
 COLUMN_MULTIPLE = 128
 """Of a block's columns, for matrix units, which want aligned rows."""
@@ -93,6 +93,22 @@ def logits_block(hidden: torch.Tensor, weight: torch.Tensor, block: slice, tempe
     """`[c, H]` and `[columns, H]` -> `[c, b]` fp32 logits of the block's columns, divided by the temperature."""
     logits = matmul_fp32(hidden, weight[block].t(), out=out)
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def rows_statistics(
+    hidden: torch.Tensor, weight: torch.Tensor, column: torch.Tensor, blocks: list[slice], temperature: float, kernels: Kernels,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Statistics `[n, 4, c]` of the n blocks of some rows' logits; their exponentials stay in `keep` `[c, true columns]` where given."""
+    # Memory for all blocks at once and one block's logits for all: results of each block left between blocks would tear the heap.
+    parts = torch.empty(len(blocks), 4, len(hidden), dtype=torch.float32, device=hidden.device)
+    widest = max(block.stop - block.start for block in blocks)
+    memory = torch.empty(len(hidden) * widest, dtype=torch.float32, device=hidden.device) if keep is None else None
+    for part, block in zip(parts, blocks, strict=True):
+        width = block.stop - block.start
+        out = keep[:, block] if memory is None else memory[: len(hidden) * width].view(-1, width)
+        part.copy_(kernels.statistics(logits_block(hidden, weight, block, temperature, out=out), *in_block(column, block)))
+    return parts
 
 
 def combine(parts: torch.Tensor) -> torch.Tensor:
