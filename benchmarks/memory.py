@@ -182,15 +182,22 @@ class _CudaGauge:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table."""
-    given, overrides = _parser().parse_known_args(arguments)
+    parser = _parser()
+    given, overrides = parser.parse_known_args(arguments)
     if given.measure:
         measure(given.measure, given.output / "result", given, overrides)
         return 0
+    if overrides:
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
     checkpoint = _prepare(given)
     ranks = 1 if given.device == "cuda" else 2
-    known = levers(given.tokens)
-    chosen = {key: lever for key, lever in known.items() if (given.only is None or key in given.only.split(","))
-              and ranks >= lever.ranks and (given.device == "cuda" or not lever.cuda_only)}
+    known = {key: lever for key, lever in levers(given.tokens).items()
+             if ranks >= lever.ranks and (given.device == "cuda" or not lever.cuda_only)}
+    wanted = list(known) if given.only is None else given.only.split(",")
+    absent = [key for key in wanted if key not in known]
+    if absent:
+        raise SystemExit(f"--only: {', '.join(absent)} cannot be measured with {ranks} rank(s) on {given.device}; there are {', '.join(known)}")
+    chosen = {key: known[key] for key in wanted}
     if "none" not in chosen:
         raise SystemExit(f"--only must name none, which the others are compared with, and any of {', '.join(known)}; got {given.only}")
     print(f"{machine()}; {given.device}, {ranks} rank{'s' * (ranks > 1)}; {given.layers} layers, hidden {given.hidden}, {given.experts} experts, "

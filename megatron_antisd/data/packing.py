@@ -72,10 +72,6 @@ def _pairs(tokens: int, window: int | None) -> int:
     return seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 
-EQUAL_TOKENS = CostModel(token=1, scored=0, pairs=())
-"""Every token costs the same."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
     """Views that are packed together."""

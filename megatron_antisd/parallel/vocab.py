@@ -215,7 +215,8 @@ class _LinearScores(torch.autograd.Function):
 
 def _blocks(tensor: torch.Tensor, shard: Shard) -> list[tuple[slice, list[slice]]]:
     """Rows of `tensor` `[T, ...]` and their blocks of columns; nothing where this rank holds padding only."""
-    chunks = [(rows, shard.blocks(rows.stop - rows.start, tensor.device)) for rows in shard.row_chunks(len(tensor), vocab_shard.BLOCK_TOKENS)]
+    size = vocab_shard.BLOCK_BYTES[tensor.device.type]
+    chunks = [(rows, shard.blocks(rows.stop - rows.start, size)) for rows in shard.row_chunks(len(tensor), vocab_shard.BLOCK_TOKENS)]
     return [chunk for chunk in chunks if chunk[1]]
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_antisd.models.gradient import add_matmul, finished_weight_gradient, weight_gradient_buffer
+from megatron_antisd.parallel import vocab_shard
 from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, TORCH, Kernels
 from megatron_antisd.parallel.vocab_shard import (
     DEFAULT_CHUNK_BYTES,
@@ -117,7 +118,7 @@ class _Chunk:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, column: torch.Tensor, owned: torch.Tensor, shard: Shard, temperature: float,
                  kernels: Kernels) -> None:
         self._hidden, self._weight, self._column, self._owned, self._shard, self._kernels = hidden, weight, column, owned, shard, kernels
-        self._blocks = shard.blocks(len(hidden), hidden.device)
+        self._blocks = shard.blocks(len(hidden), vocab_shard.KEPT_BLOCK_BYTES[hidden.device.type])
         self._exponential = torch.empty(len(hidden), shard.true_columns, dtype=torch.float32, device=hidden.device)
         """[c, true columns]: exp(x - the maximum of the block)."""
         self._parts = rows_statistics(hidden, weight, column, self._blocks, temperature, kernels, self._exponential) if self._blocks else None

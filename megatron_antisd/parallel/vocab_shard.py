@@ -14,6 +14,8 @@ from megatron_antisd.parallel.vocab_kernels import EXP_FLOOR, Kernels, finite_pe
 DEFAULT_CHUNK_BYTES = 512 << 20
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
 """fp32 logits that are worked on between two products: about what stays in the cache of a CPU core (measured) or of a GPU (not measured)."""
+KEPT_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+"""The same where they are kept for the gradient: every block adds to the hidden states' gradient, so fewer and wider ones are faster."""
 BLOCK_TOKENS, BLOCK_COLUMNS = 512, 512
 """Most rows of a block whose logits are not kept, and fewest columns: products of narrower blocks are slow."""
 COLUMN_MULTIPLE = 128
@@ -68,9 +70,9 @@ class Shard:
     def row_chunks(self, tokens: int, size: int) -> list[slice]:
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def blocks(self, rows: int, device: torch.device) -> list[slice]:
+    def blocks(self, rows: int, block_bytes: int) -> list[slice]:
         """True columns of each block for `rows` rows; none where this rank holds padding only."""
-        width = max(BLOCK_COLUMNS, BLOCK_BYTES[device.type] // (4 * max(rows, 1)))
+        width = max(BLOCK_COLUMNS, block_bytes // (4 * max(rows, 1)))
         width = -(-self.true_columns // max(1, -(-self.true_columns // width)))  # no narrow last one
         width += -width % COLUMN_MULTIPLE
         return [slice(start, min(start + width, self.true_columns)) for start in range(0, self.true_columns, max(width, 1))]

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from megatron_antisd.data.balance import plan_micro_batches
-from megatron_antisd.data.packing import EQUAL_TOKENS, Bundle, CostModel, MicroBatch, bundle_views, input_length, pack, plan_bundles
+from megatron_antisd.data.packing import Bundle, CostModel, MicroBatch, bundle_views, input_length, pack, plan_bundles
 from megatron_antisd.records import ScoringView
 
+EQUAL_TOKENS = CostModel(token=1, scored=0, pairs=())
+"""Every token costs the same."""
 MODELS = [
     pytest.param(EQUAL_TOKENS, id="equal-tokens"),
     pytest.param(CostModel(token=20, scored=3, pairs=((None, 2), (4, 5))), id="attention"),

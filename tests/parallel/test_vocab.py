@@ -20,7 +20,7 @@ from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 from megatron_antisd.parallel.vocab_shard import NonFiniteHiddenError, Shard
 
 HERE = Path(__file__).parent
-SIZES = {name: getattr(vocab_shard, name) for name in ("BLOCK_BYTES", "BLOCK_COLUMNS", "BLOCK_TOKENS", "COLUMN_MULTIPLE")}
+SIZES = {name: getattr(vocab_shard, name) for name in ("BLOCK_BYTES", "KEPT_BLOCK_BYTES", "BLOCK_COLUMNS", "BLOCK_TOKENS", "COLUMN_MULTIPLE")}
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +250,7 @@ def test_hidden_states_that_are_not_finite_are_named(value: float, caplog: pytes
 def test_blocks_cover_the_true_columns_once() -> None:
     for columns, true, rows in ((151_936, 151_936, 883), (96, 90, 100_000), (75_968, 75_968, 1), (10, 0, 5), (4096, 4095, 0)):
         shard = Shard(group=None, columns=columns, start=0, true_columns=true, vocab_size=max(true, 1))
-        blocks = shard.blocks(rows, torch.device("cpu"))
+        blocks = shard.blocks(rows, vocab_shard.BLOCK_BYTES["cpu"])
         assert [c for block in blocks for c in range(block.start, block.stop)] == list(range(true))
         widths = {block.stop - block.start for block in blocks[:-1]}
         most = max(vocab_shard.BLOCK_BYTES["cpu"] // (4 * max(rows, 1)), vocab_shard.BLOCK_COLUMNS) + vocab_shard.COLUMN_MULTIPLE

@@ -81,7 +81,7 @@ def oracle(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
 def small_blocks(tokens: int, columns: int) -> None:
     """Blocks as small as the cases are, for the rest of this process: their borders are what is tested. The defaults hold whole cases."""
     vocab_shard.BLOCK_TOKENS, vocab_shard.BLOCK_COLUMNS, vocab_shard.COLUMN_MULTIPLE = tokens, columns, 1
-    vocab_shard.BLOCK_BYTES = {"cpu": 4 * tokens * columns}
+    vocab_shard.BLOCK_BYTES = vocab_shard.KEPT_BLOCK_BYTES = {"cpu": 4 * tokens * columns}
 
 
 def check(case: Case, group: dist.ProcessGroup | None) -> float:
