@@ -76,6 +76,8 @@ def draw(found: dict[str, list[tuple[int, dict[str, Point]]]], output: Path) -> 
     def curves(axis: Axes, points: list[tuple[int, dict[str, Point]]], names: dict[str, str], value: Callable[[Point], float]) -> None:
         for number, (key, name) in enumerate(names.items()):
             axis.plot([x for x, _ in points], [value(point[key]) for _, point in points], label=name, color=COLOURS[number], marker=MARKERS[number])
+        axis.set_xscale("log", base=2)
+        axis.minorticks_off()
         axis.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points])
         axis.set_ylim(bottom=0)
         axis.legend()
