@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--way", help=argparse.SUPPRESS)
-    parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--backward", action="store_true", help="forward and backward alone, no forward by itself")
     given = parser.parse_args(arguments)
     if given.way:
         (given.ranks,) = given.ranks
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| pass | TP | T | way | seconds | to naive | extra GiB | to naive | log-prob error | gradient error |")
     print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)
     missed: list[str] = []
-    for backward, ranks in ((b, r) for b in (False, True) for r in given.ranks):
+    for backward, ranks in ((b, r) for b in ((True,) if given.backward else (False, True)) for r in given.ranks):
         tokens_at = given.tokens if ranks == 1 else given.tokens[:1]
         compared = max((t for t in tokens_at if t <= NAIVE_UP_TO), key=lambda t: (t <= COMPARED_AT, t), default=None)
         for tokens in tokens_at:
