@@ -11,9 +11,39 @@ Shapes are stated beside the fields; `T_i` is the response length of rollout `i`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeTests:
+    """The hidden tests of a programming task. What is expected never reaches the process that runs the program.
+
+    Example, a function: `CodeTests(entry_point="add", cases=(("(1, 2)", "3"),))`; a program: `CodeTests(entry_point=None, cases=(("1 2\\n", "3\\n"),))`.
+    """
+
+    entry_point: str | None
+    """The function that is called; None: a program that reads standard input and writes standard output."""
+    cases: tuple[tuple[str, str], ...] = ()
+    """(input, expected) of each test. With an entry point Python literals: the tuple of arguments, and the value that must come back.
+    Without one: the text on standard input, and the text that must be written."""
+    assertions: tuple[str, ...] = ()
+    """Tests written as code, each passed when it raises nothing; they call the entry point by its name or as `candidate`."""
+    preamble: str = ""
+    """Code that stands before every program: the imports and helpers that the problem's text gives."""
+    compare: str = "equal"
+    """How a value that came back is compared: `equal`, `unordered` (as sets) or `not_none` (whether there is a value at all)."""
+    tolerance: float = 0.0
+    """Absolute tolerance of floats, also inside of lists; 0.0 compares exactly."""
+    checker: str | None = None
+    """Source of `check(arguments, output, expected) -> bool`, which decides instead of `compare` where several values are right."""
+
+    @property
+    def count(self) -> int:
+        return len(self.cases) + len(self.assertions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +54,23 @@ class Problem:
     prompt: str
     """The data set's question as plain text; data.prompt_template is applied by the prompt builder."""
     answer: str
-    """What the grader compares with."""
+    """What the grader compares with; empty where `tests` decide."""
+    tests: CodeTests | None = None
+    """Of a programming task."""
     solution: str | None = None
     """The data set's reference solution, used as privileged context where no peer rollout is correct."""
     source: str = ""
+
+
+def problem_from_json(row: Mapping[str, Any]) -> Problem:
+    """The inverse of `dataclasses.asdict` followed by JSON, which turns tuples into lists."""
+    tests = row.get("tests")
+    return Problem(**{**row, "tests": None if tests is None else code_tests_from_json(tests)})
+
+
+def code_tests_from_json(row: Mapping[str, Any]) -> CodeTests:
+    cases = tuple((given, expected) for given, expected in row.get("cases", ()))
+    return CodeTests(**{**row, "cases": cases, "assertions": tuple(row.get("assertions", ()))})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +168,33 @@ class PrivilegedView:
     """`peer`, `reference`, or the reason for a missing view: `no_solution`, `no_room`."""
     shown_index: int | None = None
     """Index in the group of the rollout shown, when `source` is `peer`."""
+    cut_tokens: int = 0
+    """Tokens at the solution's beginning that were left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollout:
+    """A graded rollout with what the teacher saw and what both said of its tokens: for people and for audits."""
+
+    rollout: Rollout
+    privileged: PrivilegedView
+    student_log_prob: tuple[float, ...] | None
+    """Of each response token, nats; None where the training forward gave none (a dropped group, a skipped update)."""
+    teacher_log_prob: tuple[float, ...] | None
+    """Of each response token, nats; None where there was no teacher."""
+
+    @property
+    def u(self) -> tuple[float, ...] | None:
+        """teacher - student log-prob of each response token; None where either is missing."""
+        if self.student_log_prob is None or self.teacher_log_prob is None:
+            return None
+        return tuple(t - s for t, s in zip(self.teacher_log_prob, self.student_log_prob, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    problem: Problem
+    rollouts: tuple[ScoredRollout, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_antisd.records import Problem, Rollout, RolloutGroup
+from megatron_antisd.records import Rollout, RolloutGroup, problem_from_json
 
 
 def save_rollouts(directory: str | Path, step: int, groups: Sequence[RolloutGroup]) -> None:
@@ -34,7 +34,7 @@ def _group(row: dict) -> RolloutGroup:
     for fields in row["rollouts"]:
         sequences = {name: tuple(fields[name]) for name in ("prompt_ids", "response_ids", "engine_log_probs")}
         rollouts.append(Rollout(**{**fields, **sequences}))
-    return RolloutGroup(problem=Problem(**row["problem"]), rollouts=tuple(rollouts))
+    return RolloutGroup(problem=problem_from_json(row["problem"]), rollouts=tuple(rollouts))
 
 
 def _path(directory: str | Path, step: int) -> Path:
