@@ -22,7 +22,8 @@ import torch
 class CodeTests:
     """The hidden tests of a programming task. What is expected never reaches the process that runs the program.
 
-    Example, a function: `CodeTests(entry_point="add", cases=(("(1, 2)", "3"),))`; a program: `CodeTests(entry_point=None, cases=(("1 2\\n", "3\\n"),))`.
+    Examples: a function `CodeTests(entry_point="add", cases=(("(1, 2)", "3"),))`,
+    a program `CodeTests(entry_point=None, cases=(("1 2\\n", "3\\n"),))`.
     """
 
     entry_point: str | None
