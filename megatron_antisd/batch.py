@@ -9,7 +9,16 @@ import torch
 
 from megatron_antisd.algorithm import group_advantage, phi
 from megatron_antisd.config import AlgorithmConfig
-from megatron_antisd.records import PrivilegedView, RolloutGroup, ScoringView, StepStats, TokenScores, TrainingBatch
+from megatron_antisd.records import (
+    PrivilegedView,
+    RolloutGroup,
+    ScoredGroup,
+    ScoredRollout,
+    ScoringView,
+    StepStats,
+    TokenScores,
+    TrainingBatch,
+)
 
 PHI_BOUND_U = -4.97
 """Below this u, phi is within 1 % of its lower bound: softplus(u) < 0.01 log 2."""
@@ -27,6 +36,10 @@ class TeacherScores:
     """Exact lower median of the entropies of the tokens under the mask; None where there is none."""
     missing: int | None
     """Rollouts without a teacher; None where no teacher was asked for."""
+    views: tuple[PrivilegedView, ...] = ()
+    """Of every rollout; empty where no teacher was asked for."""
+    empty_context: torch.Tensor | None = None
+    """[tokens of the first group] log-probs without privileged context, at a run's first step: the teacher is then the student."""
 
 
 def student_views(groups: Sequence[RolloutGroup]) -> tuple[ScoringView, ...]:
@@ -44,7 +57,7 @@ def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], sco
     if scores is None:
         if expected:
             raise ValueError(f"{len(expected)} privileged views were not scored")
-        return TeacherScores(log_prob=log_prob, mask=mask, entropy_median=None, missing=missing)
+        return TeacherScores(log_prob=log_prob, mask=mask, entropy_median=None, missing=missing, views=tuple(views))
     if scores.lengths != expected:
         raise ValueError(f"teacher scores have response lengths {scores.lengths}, the rollouts {expected}")
     if not scores.log_prob.isfinite().all():
@@ -52,7 +65,8 @@ def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], sco
         raise ValueError(f"the teacher's log-prob of its response token {broken} of {len(scores.log_prob)} is {scores.log_prob[broken]}; "
                          "the weights or the logits are not finite")
     log_prob[mask] = scores.log_prob
-    return TeacherScores(log_prob=log_prob, mask=mask, entropy_median=scores.entropy_median, missing=missing)
+    return TeacherScores(log_prob=log_prob, mask=mask, entropy_median=scores.entropy_median, missing=missing,
+                         views=tuple(views))
 
 
 def no_teacher(lengths: Sequence[int]) -> TeacherScores:
@@ -88,6 +102,21 @@ def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: To
                 lambda_=lambda_, tokens=sum(n for n, kept in zip(lengths, keep, strict=True) if kept)))
         first_token = tokens.stop
     return batches
+
+
+def scored_groups(groups: Sequence[RolloutGroup], teacher: TeacherScores, student_log_prob: torch.Tensor | None) -> list[ScoredGroup]:
+    """The first groups of the batch (`groups`) with what the teacher saw and both log-probs of every token; `student_log_prob` [T] of the
+    whole batch. Needs a teacher that was asked."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    total = sum(lengths)
+    teachers = teacher.log_prob[:total].split(lengths)
+    students = [None] * len(lengths) if student_log_prob is None else student_log_prob[:total].split(lengths)
+    scored = iter([
+        ScoredRollout(rollout=rollout, privileged=view, student_log_prob=None if s is None else tuple(s.tolist()),
+                      teacher_log_prob=None if view.view is None else tuple(t.tolist()))
+        for rollout, view, t, s in zip(rollouts, teacher.views[: len(rollouts)], teachers, students, strict=True)])
+    return [ScoredGroup(problem=group.problem, rollouts=tuple(next(scored) for _ in group.rollouts)) for group in groups]
 
 
 def rollout_figures(groups: Sequence[RolloutGroup]) -> dict[str, float | int | None]:

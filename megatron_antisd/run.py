@@ -6,6 +6,7 @@ first weight sync with its proof. vLLM looks at torch.cuda while it starts and j
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ import torch.distributed as dist
 import yaml
 
 from megatron_antisd.algorithm import EntropyGate
+from megatron_antisd.audit.context import ContextInspector
+from megatron_antisd.audit.solutions import SolutionCheck
+from megatron_antisd.audit.watch import ContextWatch
 from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig, dump_config, rules
 from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError, load_problems, load_tokenizer, stop_token_ids
@@ -55,10 +59,18 @@ class Run:
     progress: Progress
     resumed: bool
     is_main: bool
+    first_step: int
+    """The first step that this process trains."""
+    watch: ContextWatch | None
+    """On the main rank alone."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Response text without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        """One token's text, special ones by their name."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def sync(self) -> ProbeResult:
         """The trainer's weights into the engine, proved."""
@@ -119,8 +131,11 @@ def build_run(config: RunConfig) -> Run:
         probe=SyncProbe(
             prompts.student_prompt(problems[0]), score=trainer.score, copies=world, max_context=context, temperature=config.rollout.temperature,
             limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype]),
-        progress=Progress(), resumed=False, is_main=dist.get_rank() == 0)
+        progress=Progress(), resumed=False, is_main=dist.get_rank() == 0, first_step=1, watch=None)
     run = _restore(run)
+    if run.is_main:
+        watch = ContextWatch(ContextInspector(prompts, tokenizer), SolutionCheck(grader, prompts), config.model.dtype)
+        run = dataclasses.replace(run, watch=watch)
     run.sync()
     return run
 
@@ -173,8 +188,6 @@ def _restore(run: Run) -> Run:
 
 
 def _load_state(run: Run) -> Run:
-    import dataclasses
-
     from megatron_antisd.checkpoint import latest_checkpoint, load_checkpoint
 
     settings = run.config.checkpoint
@@ -188,7 +201,8 @@ def _load_state(run: Run) -> Run:
         run.gate.load_state_dict(state["gate"])
         run.sampler.load_state_dict(state["sampler"])
         _say(run, f"resumed from {newest}")
-        return dataclasses.replace(run, progress=Progress(**state["progress"]), resumed=True)
+        progress = Progress(**state["progress"])
+        return dataclasses.replace(run, progress=progress, first_step=progress.step + 1, resumed=True)
     if settings.continual_from is not None:
         given = Path(settings.continual_from)
         source = given if (given / "state.json").is_file() else latest_checkpoint(given / "checkpoints")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from megatron_antisd import batch as batching
 from megatron_antisd.algorithm import GateDecision
 from megatron_antisd.grading.groups import GradedGroups, grade_groups
-from megatron_antisd.records import PrivilegedView, RolloutGroup, StepStats, TokenScores, TrainingBatch
+from megatron_antisd.records import PrivilegedView, RolloutGroup, ScoredGroup, StepStats, TokenScores, TrainingBatch
 from megatron_antisd.rollout.groups import generate_groups
 from megatron_antisd.rollout.probe import ProbeResult
 from megatron_antisd.rollout.replay import load_rollouts, save_rollouts
@@ -52,7 +53,10 @@ def score_teacher(run: Run, groups: Sequence[RolloutGroup], step: int) -> batchi
         return batching.no_teacher(lengths)
     views: list[PrivilegedView] = [v for group in groups for v in run.prompts.privileged_views(group, seed=run.config.run.seed, step=step)]
     scored = [v.view for v in views if v.view is not None]
-    return batching.lay_out_teacher(lengths, views, run.trainer.score(scored) if scored else None)
+    teacher = batching.lay_out_teacher(lengths, views, run.trainer.score(scored) if scored else None)
+    if step != run.first_step:
+        return teacher
+    return dataclasses.replace(teacher, empty_context=run.trainer.score(batching.student_views(groups[:1])).log_prob)
 
 
 def score_student(run: Run, groups: Sequence[RolloutGroup]) -> TokenScores | None:
@@ -94,9 +98,10 @@ def sync(run: Run, stats: Sequence[StepStats]) -> ProbeResult | None:
 def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gate: GateDecision | None, lambda_: float,
             batches: Sequence[TrainingBatch], stats: Sequence[StepStats], probe: ProbeResult | None) -> dict[str, Any]:
     """The step's row of metrics.jsonl, times aside."""
+    student = student_log_prob(run, batches, stats)
     return {
         **batching.rollout_figures(graded.groups),
-        **batching.u_figures(teacher, student_log_prob(run, batches, stats)),
+        **batching.u_figures(teacher, student),
         **batching.update_figures(stats, [b.tokens for b in batches]),
         "teacher_entropy_median": teacher.entropy_median,
         "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
@@ -105,6 +110,7 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         "teacher_masked_rollouts": teacher.missing, "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,
         "probe_mean": probe and probe.mean, "probe_max": probe and probe.max,
+        "audit_alarms": audit(run, graded.groups, teacher, student, run.progress.step),
     }
 
 
@@ -125,6 +131,22 @@ def token_u(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherS
     if log_prob is None or not teacher.mask.any():
         return []
     return token_u_rows(groups, run.tokenizer, teacher.log_prob - log_prob, teacher.mask, run.config.logging.token_kinds)
+
+
+def rollouts(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores, batches: Sequence[TrainingBatch],
+             stats: Sequence[StepStats]) -> list[ScoredGroup]:
+    """What is written of this step for the u-lens; empty without a teacher."""
+    if not teacher.views:
+        return []
+    return batching.scored_groups(groups[: run.config.logging.rollout_groups], teacher, student_log_prob(run, batches, stats))
+
+
+def audit(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores, student: torch.Tensor | None, step: int) -> int | None:
+    """Defects and alarms of what the teachers of this step saw, found and said by the main rank; None without a teacher."""
+    if run.watch is None or not teacher.views:
+        return None
+    u = [] if student is None or teacher.empty_context is None else (teacher.empty_context - student[: len(teacher.empty_context)]).tolist()
+    return run.watch.check(step, batching.scored_groups(groups, teacher, student), u)
 
 
 def learning_rate(run: Run, step: int) -> float:

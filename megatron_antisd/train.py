@@ -48,6 +48,7 @@ def train(run: Run, metrics: MetricsWriter) -> None:
         if is_due(run, step):
             evaluate(run, metrics, step)
             metrics.log_token_u(step, stages.token_u(run, graded.groups, teacher, batches, stats))
+            metrics.log_rollouts(step, run.config.algorithm.method, stages.rollouts(run, graded.groups, teacher, batches, stats), run.token_text)
         stages.save(run)
 
 

@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout.megatron_engine": {"records", "config", "compat", "parallel", "models"},
     "planning": {"records", "config", "models"},
     "launch": {"records", "config", "planning"},
+    "audit": {"records", "config", "data", "grading", "metrics", "rollout.replay"},
     "convert": {"records", "config", "compat", "models", "parallel", "checkpoint"},
 }
 UNRESTRICTED = {"train", "evaluate", "run", "stages"}  # the two programs and what the loop is made of; nothing imports train

@@ -254,6 +254,8 @@ class LoggingConfig(Section):
     """Show a live progress bar."""
     samples_per_evaluation: int = Field(2, ge=0)
     """Decoded rollouts of each benchmark written to samples.jsonl at each evaluation."""
+    rollout_groups: int = Field(4, ge=0)
+    """Groups whose rollouts, teacher prompts and per-token log-probs are written to `rollouts/` at evaluation steps, for the u-lens and the audit."""
     token_kinds: str | None = None
     """Dotted path `package.module:function(problem, response_words) -> list[str]` that names the role of each space-separated word of
     a response; at evaluation steps the mean u of each role goes to token_u.jsonl. None groups by token."""

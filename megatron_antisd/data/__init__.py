@@ -1,8 +1,8 @@
 """Problems in, prompts and packed micro-batches out."""
 
 from megatron_antisd.data.problems import ProblemDataError, ProblemSampler, load_problems
-from megatron_antisd.data.templates import PromptBuilder, PromptError, audit, feedback_for, strip_thinking
+from megatron_antisd.data.templates import PromptBuilder, PromptError, feedback_for, strip_thinking
 from megatron_antisd.data.tokenizer import load_tokenizer, stop_token_ids
 
-__all__ = ["ProblemDataError", "ProblemSampler", "PromptBuilder", "PromptError", "audit", "feedback_for", "load_problems", "load_tokenizer",
+__all__ = ["ProblemDataError", "ProblemSampler", "PromptBuilder", "PromptError", "feedback_for", "load_problems", "load_tokenizer",
            "stop_token_ids", "strip_thinking"]

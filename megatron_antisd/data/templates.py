@@ -66,7 +66,7 @@ class PromptBuilder:
         room = self._max_context - response_tokens
         around = len(self.student_prompt(min(problems, key=lambda problem: len(problem.prompt))))
         long = [problem for problem in problems if around + len(problem.prompt.encode()) > room]
-        lengths = {problem.id: len(self._encode_turn(self._question(problem))) for problem in long}
+        lengths = {problem.id: len(self._encode_turn(self.question(problem))) for problem in long}
         excess = [identifier for identifier, length in lengths.items() if length > room]
         if excess:
             longest = max(excess, key=lengths.__getitem__)
@@ -78,7 +78,7 @@ class PromptBuilder:
         """The teacher's view of every rollout, in the group's order. Raises ValueError on rollouts without reward or feedback."""
         shown = self._assign(group, seed=seed, step=step)
         feedbacks = [feedback_for(rollout) for rollout in group.rollouts]
-        question = self._question(group.problem)
+        question = self.question(group.problem)
 
         # At most two solutions and a few feedback texts: most rollouts of a group share a prompt, which is built once.
         @functools.cache
@@ -91,29 +91,32 @@ class PromptBuilder:
             if solution is None:
                 views.append(PrivilegedView(view=None, source="no_solution"))
                 continue
-            prompt = self._fitting(functools.partial(encode, solution, feedback=feedback), solution, len(rollout.response_ids))
-            view = None if prompt is None else ScoringView(prompt_ids=prompt, response_ids=rollout.response_ids)
-            views.append(PrivilegedView(view=view, source=solution.source if view else "no_room",
-                                        shown_index=solution.index if view else None))
+            fitting = self._fitting(functools.partial(encode, solution, feedback=feedback), solution, len(rollout.response_ids))
+            if fitting is None:
+                views.append(PrivilegedView(view=None, source="no_room"))
+                continue
+            prompt, keep = fitting
+            views.append(PrivilegedView(view=ScoringView(prompt_ids=prompt, response_ids=rollout.response_ids), source=solution.source,
+                                        shown_index=solution.index, cut_tokens=solution.tokens - keep))
         return views
 
-    def _fitting(self, encode: functools.partial[tuple[int, ...]], solution: _Solution, response: int) -> tuple[int, ...] | None:
-        """The teacher prompt with the longest end of `solution` that fits beside `response` tokens; None where less than
-        `privileged.minimum_solution_tokens` of it would be left. A solution shorter than that passes when it fits whole."""
+    def _fitting(self, encode: functools.partial[tuple[int, ...]], solution: _Solution, response: int) -> tuple[tuple[int, ...], int] | None:
+        """The teacher prompt with the longest end of `solution` that fits beside `response` tokens, and that end's tokens; None where less
+        than `privileged.minimum_solution_tokens` of it would be left. A solution shorter than that passes when it fits whole."""
         room = self._max_context - response
         keep = solution.allowed
         smallest = max(1, min(self._privileged.minimum_solution_tokens, keep))
         while keep >= smallest:
             prompt = encode(keep)
             if len(prompt) <= room:
-                return prompt
+                return prompt, keep
             keep -= len(prompt) - room
         return None
 
     def _assign(self, group: RolloutGroup, *, seed: int, step: int) -> list[_Solution | None]:
         """The solution each rollout is shown."""
         rewards = group.rewards().tolist()
-        texts = {position: self._clean(rollout.text) for position, (rollout, reward) in enumerate(zip(group.rollouts, rewards, strict=True))
+        texts = {position: self.clean(rollout.text) for position, (rollout, reward) in enumerate(zip(group.rollouts, rewards, strict=True))
                  if reward >= CORRECT_REWARD and not rollout.truncated}
         candidates = [position for position, text in texts.items() if text]
 
@@ -121,7 +124,7 @@ class PromptBuilder:
             return self._solution(texts[position], "peer", group.rollouts[position].index)
 
         def reference() -> _Solution | None:
-            return self._solution(self._clean(group.problem.solution or ""), "reference", None)
+            return self._solution(self.clean(group.problem.solution or ""), "reference", None)
 
         if not candidates:
             return [reference()] * len(group.rollouts)
@@ -131,7 +134,7 @@ class PromptBuilder:
         to_first = peer(others[stable_hash("second", seed, step, group.problem.id) % len(others)]) if others else reference()
         return [to_first if position == first else to_others for position in range(len(group.rollouts))]
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         """What may be shown of a text: no thinking (an option), and no text that the tokenizer would read as a special token,
         which would end the user's turn in the middle."""
         if self._privileged.strip_thinking:
@@ -155,13 +158,14 @@ class PromptBuilder:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _build_student_prompt(self, problem: Problem) -> tuple[int, ...]:
-        prompt = self._encode_turn(self._question(problem))
+        prompt = self._encode_turn(self.question(problem))
         if len(prompt) >= self._max_context:
             raise PromptError(f"problem {problem.id!r}: its prompt has {len(prompt)} tokens and the context (prompt + response) "
                               f"{self._max_context}, so no response fits; raise rollout.max_context or take the problem out of the data")
         return prompt
 
-    def _question(self, problem: Problem) -> str:
+    def question(self, problem: Problem) -> str:
+        """The student's user turn: `data.prompt_template` around the problem's text."""
         return _fill(self._data.prompt_template, {"problem": problem.prompt})
 
     def _encode_turn(self, content: str) -> tuple[int, ...]:
@@ -201,15 +205,6 @@ def strip_thinking(text: str) -> str:
     one goes on to the end."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     return text.rpartition("</think>")[2].partition("<think>")[0].strip()
-
-
-def audit(view: PrivilegedView, tokenizer: PreTrainedTokenizerBase) -> str:
-    """For people: where the shown solution came from, and the teacher's prompt decoded with its special tokens."""
-    origin = view.source if view.shown_index is None else f"{view.source}, rollout {view.shown_index}"
-    if view.view is None:
-        return f"[no teacher: {origin}]"
-    sizes = f"{len(view.view.prompt_ids)} prompt + {len(view.view.response_ids)} response tokens"
-    return f"[solution from {origin}; {sizes}]\n{tokenizer.decode(view.view.prompt_ids, skip_special_tokens=False)}"
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:

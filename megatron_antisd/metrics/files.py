@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID = "metrics.jsonl", "samples.jsonl", "token_u.jsonl", "tensorboard", "wandb_id.txt"
+ROLLOUTS, EVALUATIONS = "rollouts", "evaluations"
 CHECKPOINTS = "checkpoints"  # written elsewhere; an earlier run's must not be taken for a new run's
 PROFILE = "profile"
+RUN_FILES = (METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID, ROLLOUTS, EVALUATIONS, CHECKPOINTS, PROFILE)
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def move_aside(directory: Path) -> None:
     """Rename an earlier run's files in `directory` to `<name>.old-<n>`, so that a new run starts with none."""
-    present = [directory / name for name in (METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID, CHECKPOINTS, PROFILE) if (directory / name).exists()]
+    present = [directory / name for name in RUN_FILES if (directory / name).exists()]
     if not present:
         return
     number = 1

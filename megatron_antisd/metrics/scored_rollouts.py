@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_antisd.metrics.files import MetricsError
+from megatron_antisd.metrics.files import ROLLOUTS, MetricsError
 from megatron_antisd.records import PrivilegedView, Rollout, ScoredGroup, ScoredRollout, ScoringView, problem_from_json
-
-DIRECTORY = "rollouts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ def write_scored(directory: Path, step: int, method: str, groups: Sequence[Score
 
 def scored_files(run_directory: Path) -> list[Path]:
     """The files of a run, in the order of steps; empty where it wrote none."""
-    return sorted((run_directory / DIRECTORY).glob("step_*.jsonl"))
+    return sorted((run_directory / ROLLOUTS).glob("step_*.jsonl"))
 
 
 def remove_scored_from_step(run_directory: Path, step: int) -> None:

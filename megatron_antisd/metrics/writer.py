@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from megatron_antisd.config import ConfigError, LoggingConfig
 from megatron_antisd.metrics.console import ConsoleLog, Value, is_accuracy
 from megatron_antisd.metrics.files import (
     METRICS,
+    ROLLOUTS,
     SAMPLES,
     TENSORBOARD,
     TOKEN_U,
@@ -21,7 +22,9 @@ from megatron_antisd.metrics.files import (
     read_rows,
     remove_from_step,
 )
+from megatron_antisd.metrics.scored_rollouts import remove_scored_from_step, write_scored
 from megatron_antisd.metrics.stages import STAGES
+from megatron_antisd.records import ScoredGroup
 
 STEP_KEYS = (
     "step", "reward_mean", "reward_completed_mean", "response_length_mean", "truncation_rate",
@@ -56,6 +59,8 @@ class MetricsWriter:
         else:
             for name in (METRICS, SAMPLES, TOKEN_U):
                 remove_from_step(directory / name, resume_step)
+            remove_scored_from_step(directory, resume_step)
+        self._directory = directory
         self._metrics = JsonLines(directory / METRICS)
         self._samples = JsonLines(directory / SAMPLES)
         self._token_u = JsonLines(directory / TOKEN_U)
@@ -107,6 +112,11 @@ class MetricsWriter:
         """Append decoded rollouts of an evaluation to samples.jsonl: SAMPLE_KEYS and whatever else is JSON."""
         if self._is_writer:
             self._samples.append([_checked_row(step, row, SAMPLE_KEYS, SAMPLES) for row in samples])
+
+    def log_rollouts(self, step: int, method: str, groups: Sequence[ScoredGroup], token_text: Callable[[int], str]) -> None:
+        """Write the scored rollouts of a step to `rollouts/`; nothing where there are none."""
+        if self._is_writer and groups:
+            write_scored(self._directory / ROLLOUTS, step, method, groups, token_text)
 
     def log_token_u(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append mean u by kind of token to token_u.jsonl: TOKEN_U_KEYS (`mean_u` in nats, `count` tokens)."""

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_antisd.config import DataConfig, PrivilegedConfig
-from megatron_antisd.data import PromptBuilder, PromptError, audit, strip_thinking
+from megatron_antisd.data import PromptBuilder, PromptError, strip_thinking
 from megatron_antisd.records import Problem, Rollout, RolloutGroup
 
 RIGHT, WRONG = "Your answer is correct.", "Your answer is incorrect."
@@ -81,10 +81,8 @@ def test_whole_teacher_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     views = builder(tokenizer).privileged_views(sample, seed=0, step=0)
     assert decoded(tokenizer, views[0]) == "<|im_start|>user\n2+2?" + HEAD + "It is \\boxed{4}." + FOOT.format(WRONG)
     assert (views[0].source, views[0].shown_index, views[0].view.response_ids) == ("peer", 1, sample.rollouts[0].response_ids)
-    assert audit(views[0], tokenizer).startswith("[solution from peer, rollout 1; ") and HEAD in audit(views[0], tokenizer)
     # The only correct rollout has no peer, and this problem no reference solution.
     assert (views[1].view, views[1].source, views[1].shown_index) == (None, "no_solution", None)
-    assert audit(views[1], tokenizer) == "[no teacher: no_solution]"
 
 
 def test_reference_solution_where_there_is_no_peer(tokenizer: PreTrainedTokenizerFast) -> None:
