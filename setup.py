@@ -11,6 +11,7 @@ README = ROOT / "README.md"
 
 CORE = [
     "einops",
+    "jinja2",
     "math-verify==0.9.0",  # the grader's verdicts are tested case by case against this version
     "matplotlib",
     "megatron-core==0.16.1",  # exact: compat/ and checkpoint patch parts of it that carry no promise of stability
@@ -47,6 +48,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_antisd", "megatron_antisd.*"]),
+    package_data={"megatron_antisd.reporting": ["u_lens_page/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

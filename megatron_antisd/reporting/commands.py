@@ -14,10 +14,12 @@ from megatron_antisd.reporting.plots import plot_runs
 from megatron_antisd.reporting.report import write_report
 from megatron_antisd.reporting.runs import load_run
 from megatron_antisd.reporting.tables import comparison_markdown, write_comparison
+from megatron_antisd.reporting.u_lens import write_u_lens
+from megatron_antisd.reporting.u_lens_statistics import MINIMUM_COUNT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`plot`, `report` or `compare`; returns the exit status. Bad input ends with one line on stderr."""
+    """`plot`, `report`, `compare` or `u-lens`; returns the exit status. Bad input ends with one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m megatron_antisd.reporting", description="Pictures, tables and texts of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     plot = commands.add_parser("plot", help="curves of one or several runs in one picture")
@@ -32,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--benchmark", help="compare on this one (default: the mean over all)")
     compare.add_argument("--baseline", default=BASELINE, help="the method that differences and speed-up refer to (default: %(default)s)")
     compare.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS), help="accuracies from 0 to 1")
+    _add_u_lens(commands)
     options = parser.parse_args(arguments)
     try:
-        {"plot": _plot, "report": _report, "compare": _compare}[options.command](options)
-    except (FileNotFoundError, ConfigError, MetricsError, ValueError) as error:
+        {"plot": _plot, "report": _report, "compare": _compare, "u-lens": _u_lens}[options.command](options)
+    except (OSError, ConfigError, MetricsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -62,3 +65,20 @@ def _compare(options: argparse.Namespace) -> None:
     if options.output is not None:
         write_comparison(comparison, options.output)
         plot_runs([load_run(run) for run in options.runs], options.output / "comparison.png")
+
+
+def u_lens_main(arguments: Sequence[str] | None = None) -> int:
+    """`RUN_OR_FILES... [--output FILE] [--steps STEP ...]`."""
+    return main(["u-lens", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _add_u_lens(commands: argparse._SubParsersAction) -> None:
+    lens = commands.add_parser("u-lens", help="scored rollouts token by token, as one HTML page")
+    lens.add_argument("sources", nargs="+", type=Path, metavar="RUN_OR_FILES", help="run directory, or step_*.jsonl files of its rollouts/")
+    lens.add_argument("--output", type=Path, help="HTML file (default: u_lens.html in or beside the first)")
+    lens.add_argument("--steps", nargs="+", type=int, metavar="STEP", help="only these (default: all)")
+    lens.add_argument("--minimum-count", type=int, default=MINIMUM_COUNT, help="occurrences a token of the tables needs (default: %(default)s)")
+
+
+def _u_lens(options: argparse.Namespace) -> None:
+    print(write_u_lens(options.sources, options.output, steps=options.steps, minimum_count=options.minimum_count))
