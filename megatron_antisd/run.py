@@ -7,9 +7,8 @@ first weight sync with its proof. vLLM looks at torch.cuda while it starts and j
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,15 @@ from megatron_antisd.audit.context import ContextInspector
 from megatron_antisd.audit.solutions import SolutionCheck
 from megatron_antisd.audit.watch import ContextWatch
 from megatron_antisd.compat.quiet import quiet_libraries
-from megatron_antisd.config import ConfigError, RunConfig, dump_config, rules
-from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError, load_problems, load_tokenizer, stop_token_ids
+from megatron_antisd.config import ConfigError, RunConfig, dump_config
+from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError
+from megatron_antisd.evaluation.evaluator import Evaluator, build_evaluator
+from megatron_antisd.evaluation.store import StoreError
 from megatron_antisd.grading import GradingError, GradingPool
-from megatron_antisd.records import Problem
+from megatron_antisd.inputs import Inputs, read_inputs
+from megatron_antisd.policy import build_engine_and_trainer, build_probe
 from megatron_antisd.rollout.engine import Engine, EngineError, Sampling
-from megatron_antisd.rollout.probe import DEFAULT_LIMIT, ProbeResult, SyncProbe, synchronise
+from megatron_antisd.rollout.probe import ProbeResult, SyncProbe, synchronise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-SETUP_ERRORS = (ConfigError, ProblemDataError, PromptError, GradingError, EngineError)
+SETUP_ERRORS = (ConfigError, ProblemDataError, PromptError, GradingError, EngineError, StoreError)
 """What `load_config` and `build_run` raise for bad input; the message says it all."""
 
 
@@ -54,7 +56,7 @@ class Run:
     sampler: ProblemSampler
     grader: GradingPool
     gate: EntropyGate
-    benchmarks: dict[str, list[Problem]]
+    evaluator: Evaluator
     sampling: Sampling
     progress: Progress
     resumed: bool
@@ -108,71 +110,26 @@ def build_run(config: RunConfig) -> Run:
     """Build all parts on this rank; collective. Raises ConfigError before anything heavy starts when the configuration cannot run."""
     from megatron_antisd.parallel.layout import start_process_group
 
-    world = int(_environment("WORLD_SIZE", "1"))
-    model = _model_config(config)
-    rules.check(config, model, world)
-    tokenizer = load_tokenizer(config.model.path, model["vocab_size"])
-    problems = load_problems(config.data.train)
-    benchmarks = {b.name: load_problems([b.path]) for b in config.evaluation.benchmarks}
-    context = rules.max_context(config, model)
-    prompts = PromptBuilder(tokenizer, config.data, config.privileged, context)
-    _check_prompts(config, prompts, problems, benchmarks)
-    stop_ids = stop_token_ids(tokenizer, config.model.path)
-    sampler = ProblemSampler(problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
-    grader = GradingPool(config.grading.workers, config.grading.timeout_seconds, config.grading.function)
-
+    inputs = read_inputs(config, training=True)
     start_process_group(config.parallel.timeout_seconds)
-    engine, trainer = _build_engine_and_trainer(config, context)
+    engine, trainer = build_engine_and_trainer(config, inputs.max_context)
+    main = dist.get_rank() == 0
     run = Run(
-        config=config, trainer=trainer, engine=engine, tokenizer=tokenizer, prompts=prompts, sampler=sampler, grader=grader,
-        gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max), benchmarks=benchmarks,
+        config=config, trainer=trainer, engine=engine, tokenizer=inputs.tokenizer, prompts=inputs.prompts, grader=inputs.grader,
+        sampler=ProblemSampler(inputs.problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle),
+        gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max),
+        evaluator=build_evaluator(config, inputs, engine, config.directory, is_main=main),
         sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
-                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=stop_ids),
-        probe=SyncProbe(
-            prompts.student_prompt(problems[0]), score=trainer.score, copies=world, max_context=context, temperature=config.rollout.temperature,
-            limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype]),
-        progress=Progress(), resumed=False, is_main=dist.get_rank() == 0, first_step=1, watch=None)
+                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=inputs.stop_token_ids),
+        probe=build_probe(config, inputs, inputs.problems[0], trainer), progress=Progress(), resumed=False, is_main=main, first_step=1,
+        watch=_build_watch(config, inputs) if main else None)
     run = _restore(run)
-    if run.is_main:
-        watch = ContextWatch(ContextInspector(prompts, tokenizer), SolutionCheck(grader, prompts), config.model.dtype)
-        run = dataclasses.replace(run, watch=watch)
     run.sync()
     return run
 
 
-def _check_prompts(config: RunConfig, prompts: PromptBuilder, problems: Sequence[Problem], benchmarks: Mapping[str, Sequence[Problem]]) -> None:
-    prompts.require_room(problems, config.rollout.max_new_tokens, "rollout.max_new_tokens")
-    for held_out in benchmarks.values():
-        if config.evaluation.max_new_tokens is None:
-            prompts.require_room(held_out, config.rollout.max_new_tokens, "rollout.max_new_tokens")
-        else:
-            prompts.require_room(held_out, config.evaluation.max_new_tokens, "evaluation.max_new_tokens")
-
-
-def _build_engine_and_trainer(config: RunConfig, context: int) -> tuple[Engine, Trainer]:
-    engine: Engine | None = None
-    if config.rollout.engine == "vllm":
-        from megatron_antisd.parallel.checkpoint_files import is_checkpoint
-        from megatron_antisd.rollout.vllm_engine import VllmEngine
-
-        # vLLM cannot read a checkpoint's tensors; its first weights come from the trainer in any case.
-        engine = VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=context,
-                            load_format="dummy" if is_checkpoint(config.model.path) else "auto",
-                            timeout_seconds=config.parallel.timeout_seconds)
-    from megatron_antisd.compat import megatron_cpu
-
-    megatron_cpu.install()
-    from megatron_antisd.models.build import describe
-    from megatron_antisd.parallel.layout import build_layout
-    from megatron_antisd.parallel.trainer import Trainer
-
-    layout = build_layout(config.parallel, config.run.seed)
-    trainer = Trainer(config, layout, describe(config.model.path, layout.tensor_size))
-    if engine is None:
-        from megatron_antisd.rollout.megatron_engine import MegatronEngine
-
-        engine = MegatronEngine(trainer, max_context=context, max_sequences=config.rollout.max_sequences)
-    return engine, trainer
+def _build_watch(config: RunConfig, inputs: Inputs) -> ContextWatch:
+    return ContextWatch(ContextInspector(inputs.prompts, inputs.tokenizer), SolutionCheck(inputs.grader, inputs.prompts), config.model.dtype)
 
 
 def _restore(run: Run) -> Run:
@@ -232,16 +189,6 @@ def write_config(run: Run) -> None:
 def _say(run: Run, text: str) -> None:
     if run.is_main:
         _log.info(text)
-
-
-def _model_config(config: RunConfig) -> dict[str, Any]:
-    path = Path(config.model.path) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"model.path: no config.json in {config.model.path}; expected a Hugging Face checkpoint directory")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model.path: {path} is not valid JSON: {error}") from error
 
 
 def _environment(name: str, default: str) -> str:

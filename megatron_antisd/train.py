@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 from megatron_antisd import stages
 from megatron_antisd.config import load_config
-from megatron_antisd.evaluate import evaluate, is_due
+from megatron_antisd.evaluate import evaluate, is_due, is_pending
 from megatron_antisd.metrics import MetricsWriter, StageTimer, StepProfiler
 from megatron_antisd.run import SETUP_ERRORS, Run, build_run, set_up_logging, write_config
 
 
 def train(run: Run, metrics: MetricsWriter) -> None:
     """Steps `run.progress.step + 1` to `config.run.steps`."""
-    if not run.resumed:
-        evaluate(run, metrics, step=0)
+    if is_pending(run, metrics, run.progress.step):  # before the first step, or where the last process was interrupted
+        evaluate(run, metrics, run.progress.step)
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
     profile = StepProfiler(run.config.profile, run.config.directory, rank=dist.get_rank(), barrier=dist.barrier)
     for step in range(run.progress.step + 1, run.config.run.steps + 1):
@@ -46,10 +46,11 @@ def train(run: Run, metrics: MetricsWriter) -> None:
         metrics.log(step, {**row, "tokens_per_second": row["tokens"] / seconds["seconds_total"], **seconds})
         stages.stop_if_broken(run, stats)
         if is_due(run, step):
-            evaluate(run, metrics, step)
             metrics.log_token_u(step, stages.token_u(run, graded.groups, teacher, batches, stats))
             metrics.log_rollouts(step, run.config.algorithm.method, stages.rollouts(run, graded.groups, teacher, batches, stats), run.token_text)
         stages.save(run)
+        if is_due(run, step):  # after the checkpoint: an evaluation that is interrupted loses no training
+            evaluate(run, metrics, step)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -139,7 +139,7 @@ def test_unknown_key_names_the_nearest(given: str, nearest: str | None) -> None:
 
 def test_every_problem_is_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
-        build_config({"model": {}, "data": {"train": []}, "rollout": {"group_size": 1, "top_k": 3}})
+        build_config({"model": {}, "data": {"train": "x.jsonl"}, "rollout": {"group_size": 1, "top_k": 3}})
     message = str(caught.value)
     for part in ("model.path is required", "data.train", "rollout.group_size", "got 1", "unknown key 'rollout.top_k'"):
         assert part in message, message

@@ -43,9 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"records", "config", "models"},
     "launch": {"records", "config", "planning"},
     "audit": {"records", "config", "data", "grading", "metrics", "rollout.replay"},
+    "evaluation": {"records", "config", "data", "grading", "metrics", "rollout", "inputs"},
+    "evaluation.standalone": {"config", "inputs", "policy", "rollout", "parallel"},
+    "inputs": {"records", "config", "data", "grading"},
     "convert": {"records", "config", "compat", "models", "parallel", "checkpoint"},
 }
-UNRESTRICTED = {"train", "evaluate", "run", "stages"}  # the two programs and what the loop is made of; nothing imports train
+UNRESTRICTED = {"train", "evaluate", "run", "stages", "policy"}  # the two programs and what the loop is made of; nothing imports train
 VLLM_ROOMS = {"rollout", "compat"}
 NOT_FROM_THE_PACKAGE = {"examples", "tools", "tests", "benchmarks"}
 

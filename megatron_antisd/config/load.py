@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_antisd.config.schema import ConfigError, RunConfig
+from megatron_antisd.config.schema import RunConfig
+from megatron_antisd.config.training import ConfigError
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

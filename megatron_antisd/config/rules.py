@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_antisd.config import ConfigError, ParallelConfig, RunConfig
+from megatron_antisd.config.benchmarks import BENCHMARKS
 from megatron_antisd.config.memory_rules import expert_form_problems, lever_problems
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe", "olmo3")
@@ -35,14 +36,14 @@ MODEL_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atte
 MOE_KEYS = ("num_experts", "moe_intermediate_size")
 
 
-def check(config: RunConfig, model: Mapping[str, Any], world_size: int) -> None:
-    """Hold `config` against the model, the ranks and this machine.
+def check(config: RunConfig, model: Mapping[str, Any], world_size: int, *, training: bool = True) -> None:
+    """Hold `config` against the model, the ranks and this machine. `training` asks for training data.
 
     `model` is the parsed config.json of a Hugging Face checkpoint, `world_size` the number of ranks. Raises ConfigError
     with one line per broken rule.
     """
     cpu = not _cuda_available()
-    _raise([*_file_problems(config), *_layout_problems(config, model, world_size, cpu=cpu)])
+    _raise([*_file_problems(config, training), *_layout_problems(config, model, world_size, cpu=cpu)])
 
 
 def check_layout(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool = False) -> None:
@@ -57,7 +58,7 @@ def check_model(parallel: ParallelConfig, model: Mapping[str, Any]) -> None:
 
 def check_files(config: RunConfig) -> None:
     """The rules on this machine's files and packages. Raises ConfigError with one line per broken rule."""
-    _raise(list(_file_problems(config)))
+    _raise(list(_file_problems(config, training=True)))
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -265,13 +266,17 @@ def _vllm_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool, cp
 # --- files and packages ---
 
 
-def _file_problems(config: RunConfig) -> Iterator[str]:
+def _file_problems(config: RunConfig, training: bool) -> Iterator[str]:
     yield from _model_file_problems(config)
-    named = [(f"data.train[{i}]", path) for i, path in enumerate(config.data.train)]
-    named += [(f"evaluation.benchmarks[{i}].path ({b.name})", b.path) for i, b in enumerate(config.evaluation.benchmarks)]
-    for key, path in named:
+    if training and not config.data.train:
+        yield "data.train is empty: list at least one JSON-lines or Parquet file of problems"
+    for i, path in enumerate(config.data.train if training else ()):
         if not Path(path).is_file():
-            yield f"{key}: no file at {path} (taken from {Path.cwd()})"
+            yield f"data.train[{i}]: no file at {path} (taken from {Path.cwd()})"
+    for i, benchmark in enumerate(config.evaluation.benchmarks):
+        if not Path(benchmark.path).is_file():
+            fetch = f"; fetch it: tools/prepare_data.py {benchmark.name}" if benchmark.name in BENCHMARKS else ""
+            yield f"evaluation.benchmarks[{i}].path ({benchmark.name}): no file at {benchmark.path} (taken from {Path.cwd()}){fetch}"
     for key, folder in (("checkpoint.continual_from", config.checkpoint.continual_from),
                         ("debug.load_rollouts", config.debug.load_rollouts)):
         if folder is not None and not Path(folder).is_dir():

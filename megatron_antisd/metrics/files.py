@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ def remove_from_step(path: Path, step: int) -> None:
     _sync_directory(path.parent)
 
 
+def remove_steps(directory: Path, step: int) -> None:
+    """Remove what `directory` holds of `step` and later, files `step_000010.jsonl` and folders `step_000010`: those steps run again."""
+    for path in directory.glob("step_*"):
+        if int(path.stem.removeprefix("step_")) >= step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
@@ -111,9 +119,9 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
-def move_aside(directory: Path) -> None:
-    """Rename an earlier run's files in `directory` to `<name>.old-<n>`, so that a new run starts with none."""
-    present = [directory / name for name in RUN_FILES if (directory / name).exists()]
+def move_aside(directory: Path, keep: Sequence[str] = ()) -> None:
+    """Rename an earlier run's files in `directory` to `<name>.old-<n>`, so that a new run starts with none but those of `keep`."""
+    present = [directory / name for name in RUN_FILES if name not in keep and (directory / name).exists()]
     if not present:
         return
     number = 1

@@ -51,13 +51,6 @@ def scored_files(run_directory: Path) -> list[Path]:
     return sorted((run_directory / ROLLOUTS).glob("step_*.jsonl"))
 
 
-def remove_scored_from_step(run_directory: Path, step: int) -> None:
-    """Remove the files of `step` and later: those steps run again."""
-    for path in scored_files(run_directory):
-        if int(path.stem.removeprefix("step_")) >= step:
-            path.unlink()
-
-
 def read_scored(path: Path) -> ScoredStep:
     """Read a file back, equal to what was written. Raises FileNotFoundError, or MetricsError that names the line and what is wrong with it."""
     if not path.is_file():

@@ -10,6 +10,7 @@ from typing import Any, Self
 from megatron_antisd.config import ConfigError, LoggingConfig
 from megatron_antisd.metrics.console import ConsoleLog, Value, is_accuracy
 from megatron_antisd.metrics.files import (
+    EVALUATIONS,
     METRICS,
     ROLLOUTS,
     SAMPLES,
@@ -21,8 +22,9 @@ from megatron_antisd.metrics.files import (
     move_aside,
     read_rows,
     remove_from_step,
+    remove_steps,
 )
-from megatron_antisd.metrics.scored_rollouts import remove_scored_from_step, write_scored
+from megatron_antisd.metrics.scored_rollouts import write_scored
 from megatron_antisd.metrics.stages import STAGES
 from megatron_antisd.records import ScoredGroup
 
@@ -44,22 +46,24 @@ class MetricsWriter:
     """Writes the files of one run directory. Use as a context manager, or call `close()`.
 
     `resume_step` is the first step that will run again: rows from it on are removed from the files. None starts a new run: files
-    of an earlier one in the same directory are moved aside, not deleted.
+    of an earlier one in the same directory are moved aside, not deleted; `keep_evaluations` leaves an evaluation's samples where they are.
     """
 
     def __init__(
-        self, directory: Path, *, config: LoggingConfig, total_steps: int, resume_step: int | None, run_name: str, is_writer: bool
+        self, directory: Path, *, config: LoggingConfig, total_steps: int, resume_step: int | None, run_name: str, is_writer: bool,
+        keep_evaluations: bool = False,
     ) -> None:
         self._is_writer = is_writer
         if not is_writer:
             return
         directory.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
-            move_aside(directory)
+            move_aside(directory, keep=(EVALUATIONS,) if keep_evaluations else ())
         else:
             for name in (METRICS, SAMPLES, TOKEN_U):
                 remove_from_step(directory / name, resume_step)
-            remove_scored_from_step(directory, resume_step)
+            for name in (ROLLOUTS, EVALUATIONS):
+                remove_steps(directory / name, resume_step)
         self._directory = directory
         self._metrics = JsonLines(directory / METRICS)
         self._samples = JsonLines(directory / SAMPLES)
@@ -107,6 +111,10 @@ class MetricsWriter:
         self._write(step, dict(values))
         self._last_evaluation = step
         self._console.evaluation(step, values)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation of `step` was written; False on ranks that do not write."""
+        return self._is_writer and self._last_evaluation >= step
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Append decoded rollouts of an evaluation to samples.jsonl: SAMPLE_KEYS and whatever else is JSON."""

@@ -39,17 +39,20 @@ _log = logging.getLogger(__name__)
 class Trainer:
     """One policy, sharded as `config.parallel` says."""
 
-    def __init__(self, config: RunConfig, layout: ProcessLayout, description: ModelDescription) -> None:
+    def __init__(self, config: RunConfig, layout: ProcessLayout, description: ModelDescription, *, training: bool = True) -> None:
+        """Without `training` there are no gradients and no optimizer, hence no `step`."""
         self.config, self.layout, self.description = config, layout, description
         self.chunks = build_model(description, config.model, config.parallel)
         """This rank's parts of the model: one, or several virtual pipeline stages."""
         load_model_weights(self.chunks, description, layout, config.model.path)
-        model_config = self.chunks[0].config
-        self.ddp = data_parallel_chunks(self.chunks, config.parallel)
-        dtype = getattr(torch, config.model.dtype)
-        self.optimizer = build_optimizer(config.optimizer, self.ddp, dtype, config.parallel.distributed_optimizer)
-        model_config.finalize_model_grads_func = _sum_gradients
-        model_config.grad_scale_func = self.optimizer.scale_loss
+        self.ddp = self.chunks
+        if training:
+            model_config = self.chunks[0].config
+            self.ddp = data_parallel_chunks(self.chunks, config.parallel)
+            dtype = getattr(torch, config.model.dtype)
+            self.optimizer = build_optimizer(config.optimizer, self.ddp, dtype, config.parallel.distributed_optimizer)
+            model_config.finalize_model_grads_func = _sum_gradients
+            model_config.grad_scale_func = self.optimizer.scale_loss
         self._schedule = get_forward_backward_func()
         self._cost = cost_model(description)
         self._kernels = select_kernels(config.trainer.vocab_kernels)

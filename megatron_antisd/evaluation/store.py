@@ -1,0 +1,140 @@
+"""Every sample of an evaluation on disk: `evaluations/step_000010/<benchmark>.jsonl`.
+
+The first line, the header, says what the samples are of: benchmark, problems, sampling, seed, policy. Then one sample a line, problem by
+problem. What `append` returned from survives a crash; a problem that a crash cut short is sampled again. Samples whose header differs
+from what is asked for now are moved aside, never mixed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_antisd.evaluation.statistics import GradedSample
+from megatron_antisd.metrics.files import EVALUATIONS
+
+_log = logging.getLogger(__name__)
+
+SAMPLE_KEYS = {"problem_id", "index", "reward", "feedback", "truncated", "tokens", "answer", "text"}
+
+
+class StoreError(ValueError):
+    """A file of samples cannot be used; the message names the line and what to do."""
+
+
+class SampleStore:
+    """The samples of one benchmark at one step. `header` is what they must be of; for one rank alone."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self._header = json.loads(json.dumps(header))
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        if path.is_file():
+            self._open_existing()
+        else:
+            self._write_all()
+
+    def complete(self, problem_id: str) -> bool:
+        return problem_id in self._rows
+
+    def append(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Problem id -> its samples, all of them, in the order of their index."""
+        for problem_id, samples in rows.items():
+            self._check(problem_id, samples)
+        with self.path.open("ab") as file:
+            file.write(b"".join(_line(sample) for samples in rows.values() for sample in samples))
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows |= {problem_id: [dict(sample) for sample in samples] for problem_id, samples in rows.items()}
+
+    def rows(self, problem_id: str) -> list[dict[str, Any]]:
+        return self._rows[problem_id]
+
+    def replace(self, rows: Mapping[str, Sequence[Mapping[str, Any]]], header: Mapping[str, Any]) -> None:
+        """All samples anew, as after grading again; whole or not at all."""
+        self._header = json.loads(json.dumps(header))
+        self._rows = {problem_id: [dict(sample) for sample in samples] for problem_id, samples in rows.items()}
+        self._write_all()
+
+    def _check(self, problem_id: str, samples: Sequence[Mapping[str, Any]]) -> None:
+        indices = [sample.get("index") for sample in samples]
+        if indices != list(range(self._header["samples"])) or any(set(sample) != SAMPLE_KEYS for sample in samples):
+            keys = sorted({key for sample in samples for key in sample})
+            raise StoreError(f"{self.path}: problem {problem_id!r} has samples {indices} with keys {keys}, expected 0..{self._header['samples'] - 1} "
+                             f"with {sorted(SAMPLE_KEYS)}")
+
+    def _open_existing(self) -> None:
+        header, rows, cut_off = _read(self.path)
+        if header != self._header:
+            old = _aside(self.path)
+            changed = sorted(key for key in {*header, *self._header} if header.get(key) != self._header.get(key))
+            _log.warning("%s holds samples of another evaluation (%s differ); moved to %s", self.path, ", ".join(changed), old.name)
+            self._write_all()
+            return
+        by_problem: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_problem.setdefault(row["problem_id"], []).append(row)
+        self._rows = {problem_id: samples for problem_id, samples in by_problem.items() if len(samples) == header["samples"]}
+        for problem_id, samples in self._rows.items():
+            self._check(problem_id, samples)
+        if self._rows:
+            _log.info("%s: continuing with the samples of %d problems", self.path, len(self._rows))
+        if cut_off or len(self._rows) < len(by_problem):
+            self._write_all()
+
+    def _write_all(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.write(_line(self._header))
+            file.writelines(_line(sample) for samples in self._rows.values() for sample in samples)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+
+def graded(row: Mapping[str, Any]) -> GradedSample:
+    """A stored sample as the summary takes it: correct is a reward of 1."""
+    return GradedSample(correct=row["reward"] >= 1.0, truncated=row["truncated"], tokens=row["tokens"], answer=row["answer"])
+
+
+def store_path(directory: Path, step: int, benchmark: str) -> Path:
+    return directory / EVALUATIONS / f"step_{step:06d}" / f"{benchmark}.jsonl"
+
+
+def read_samples(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(header, samples). Raises FileNotFoundError, or StoreError for a broken line; a last line cut off by a crash is left out."""
+    header, rows, _ = _read(path)
+    return header, rows
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
+    *lines, tail = path.read_bytes().split(b"\n")
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if number > 1 and set(row) != SAMPLE_KEYS:
+                raise ValueError(f"keys {sorted(row)}, expected {sorted(SAMPLE_KEYS)}")
+            parsed.append(row)
+        except ValueError as error:
+            kind = "header" if number == 1 else "sample"
+            raise StoreError(f"{path} line {number} is no {kind} ({error}); repair it or move the file away") from error
+    if not parsed:
+        raise StoreError(f"{path} has no header; move the file away")
+    return parsed[0], parsed[1:], bool(tail)
+
+
+def _aside(path: Path) -> Path:
+    number = 1
+    while (old := path.with_name(f"{path.stem}.old-{number}.jsonl")).exists():
+        number += 1
+    return path.rename(old)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
