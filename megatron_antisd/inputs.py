@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_antisd.config import ConfigError, RunConfig, rules
 from megatron_antisd.data import PromptBuilder, load_problems, load_tokenizer, stop_token_ids
 from megatron_antisd.grading import GradingPool
+from megatron_antisd.grading.building import build_pool
 from megatron_antisd.records import Problem
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def read_inputs(config: RunConfig, *, training: bool) -> Inputs:
     return Inputs(
         tokenizer=tokenizer, problems=problems, benchmarks=benchmarks, prompts=prompts, max_context=context,
         stop_token_ids=stop_token_ids(tokenizer, config.model.path),
-        grader=GradingPool(config.grading.workers, config.grading.timeout_seconds, config.grading.function))
+        grader=build_pool(config.grading, [*problems, *(problem for held_out in benchmarks.values() for problem in held_out)]))
 
 
 def _model_config(config: RunConfig) -> dict[str, Any]:

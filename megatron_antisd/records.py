@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # a grading worker reads `CodeTests` and has no use for torch, which takes seconds to import
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,8 @@ class RolloutGroup:
 
     def rewards(self) -> torch.Tensor:
         """[G] float64; raises when a rollout has no reward."""
+        import torch
+
         missing = [r.index for r in self.rollouts if r.reward is None]
         if missing:
             raise ValueError(f"rollouts {missing} of problem {self.problem.id!r} have no reward; grade the group first")

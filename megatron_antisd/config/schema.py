@@ -114,8 +114,20 @@ class GradingConfig(Section):
     """Grader processes of each rank."""
     timeout_seconds: float = Field(10.0, gt=0)
     """Wall clock of one answer; then its worker is killed and the answer scores 0, counted."""
+    memory_bytes: int | None = Field(4 << 30, ge=1 << 28)
+    """Address space of a grader process; None sets no limit (a function that loads CUDA reserves far more than it uses)."""
     function: str | None = None
-    """Dotted path `package.module:function(response, answer) -> float` instead of the math grader."""
+    """Dotted path `package.module:function(response, answer) -> float` instead of the project's graders; it may return (float, feedback) too."""
+    code_seconds: float = Field(20.0, gt=0)
+    """Wall clock of one program over all its tests; those it has not passed by then count as failed."""
+    case_seconds: float = Field(5.0, gt=0)
+    """Wall clock of one test of a program."""
+    code_memory_bytes: int = Field(1 << 30, ge=1 << 27)
+    """Address space of a program."""
+    sandbox: Literal["auto", "bubblewrap", "builtin", "limits"] = "auto"
+    """Where programs run: bubblewrap's namespaces, the project's own, or resource limits alone; `auto` takes the first that works here."""
+    allow_weak_sandbox: bool = False
+    """Accept `limits`, under which a program can read and write what its user can."""
 
 
 class BenchmarkConfig(Section):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_antisd.config import PrivilegedConfig
 from megatron_antisd.grading.pool import GradingPool
+from megatron_antisd.grading.verdict import GradingTask, Verdict
 from megatron_antisd.records import RolloutGroup
 
 
@@ -23,22 +24,23 @@ class GradedGroups:
 
 def grade_groups(groups: Sequence[RolloutGroup], pool: GradingPool, feedback: PrivilegedConfig) -> GradedGroups:
     """Set reward and feedback of every rollout. Collective when torch.distributed is initialised."""
-    pairs = [(r.text, group.problem.answer) for group in groups for r in group.rollouts]
+    tasks = [GradingTask(response=r.text, answer=group.problem.answer, tests=group.problem.tests) for group in groups for r in group.rollouts]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = pool.grade_many(pairs[rank::world])
+    mine = pool.grade_many(tasks[rank::world])
     reports = [mine]
     if world > 1:
         reports = [None] * world  # type: ignore[list-item]
         dist.all_gather_object(reports, mine)
-    rewards: list[float] = [float("nan")] * len(pairs)
+    verdicts: list[Verdict | None] = [None] * len(tasks)
     for place, report in enumerate(reports):
-        rewards[place::world] = report.rewards
+        verdicts[place::world] = report.verdicts
     graded, position = [], 0
     for group in groups:
         rollouts = []
         for rollout in group.rollouts:
-            reward = rewards[position]
-            rollouts.append(rollout.graded(reward, feedback.correct if reward >= 1.0 else feedback.incorrect))
+            verdict = verdicts[position]
+            usual = feedback.correct if verdict.reward >= 1.0 else feedback.incorrect
+            rollouts.append(rollout.graded(verdict.reward, usual if verdict.feedback is None else verdict.feedback))
             position += 1
         graded.append(RolloutGroup(problem=group.problem, rollouts=tuple(rollouts)))
     return GradedGroups(groups=tuple(graded), timeouts=sum(r.timeouts for r in reports), crashes=sum(r.crashes for r in reports))

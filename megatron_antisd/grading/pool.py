@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from types import TracebackType
 
-from megatron_antisd.grading.worker import FAILED_START, INVALID, MATH_FUNCTION, RAISED, READY, REWARD
+from megatron_antisd.grading.sandbox import SandboxSettings
+from megatron_antisd.grading.verdict import CRASH, TIMEOUT, GradingError, GradingTask, Verdict
+from megatron_antisd.grading.worker import FAILED_START, INVALID, MATH_FUNCTION, RAISED, READY, VERDICT, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -35,36 +37,45 @@ START_ATTEMPTS = 3
 _DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _WORKER_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from megatron_antisd.grading.worker import serve; serve(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))"
+    "from megatron_antisd.grading.worker import serve; serve(int(sys.argv[2]), sys.argv[3])"
 )
 
 
-class GradingError(RuntimeError):
-    """Grading cannot go on: the function cannot be loaded, breaks its contract, or fails on everything."""
+DEFAULT_MEMORY_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradingReport:
-    """What `GradingPool.grade_many` found. Example: `GradingReport(rewards=(1.0, 0.0), timeouts=1, crashes=0)`."""
+    """What `GradingPool.grade_many` found. Example: `GradingReport(verdicts=(Verdict(reward=1.0),), timeouts=0, crashes=0)`."""
 
-    rewards: tuple[float, ...]
-    """In the order of the pairs; 0.0 for each answer counted below."""
+    verdicts: tuple[Verdict, ...]
+    """In the order of the tasks; a reward of 0.0 for each answer counted below."""
     timeouts: int
-    """Answers whose worker was killed after `timeout_seconds`."""
+    """Answers whose worker was killed when its time was up."""
     crashes: int
     """Answers whose worker died, or on which the function raised."""
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(verdict.reward for verdict in self.verdicts)
+
+    def count(self, outcome: str) -> int:
+        """Answers with this `Verdict.outcome`."""
+        return sum(verdict.outcome == outcome for verdict in self.verdicts)
 
 
 class _Worker:
     """A worker process, its pipe and what it is busy with."""
 
-    def __init__(self, function: str, timeout_seconds: float) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self.connection, child = Pipe()
         self.ready = False
         self.index: int | None = None
-        """Of the pair it is grading."""
+        """Of the task it is grading."""
+        self.seconds = 0.0
+        """Wall clock that it was given for that."""
         self.deadline = time.monotonic() + START_SECONDS
-        command = [sys.executable, "-c", _WORKER_CODE, json.dumps(sys.path), str(child.fileno()), function, str(timeout_seconds)]
+        command = [sys.executable, "-c", _WORKER_CODE, json.dumps(sys.path), str(child.fileno()), settings.to_json()]
         # Its own process group, so that whatever a user's function starts is killed with the worker.
         self.process = subprocess.Popen(
             command, pass_fds=(child.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True,
@@ -83,16 +94,18 @@ class _Worker:
 
 
 class GradingPool:
-    """`workers` processes that grade with `function`, `timeout_seconds` of wall clock for each answer.
+    """`workers` processes that grade, `timeout_seconds` of wall clock for each answer and `memory_bytes` of address space each.
 
     `function` is a dotted path `package.module:function` with the signature `(response: str, answer: str) -> float`, or
-    None for the math grader. It is loaded in the workers only, before the constructor returns.
+    `-> (float, feedback)`. It is loaded in the workers only, before the constructor returns. None: a task with tests goes to the code
+    grader, which needs `sandbox` and has that one's deadline instead of `timeout_seconds`; any other task goes to the math grader.
 
     Raises GradingError when the function cannot be loaded. Use as a context manager or call `close`; at the latest the
     workers end with the pool's owner.
     """
 
-    def __init__(self, workers: int, timeout_seconds: float, function: str | None = None) -> None:
+    def __init__(self, workers: int, timeout_seconds: float, function: str | None = None, *,
+                 memory_bytes: int | None = DEFAULT_MEMORY_BYTES, sandbox: SandboxSettings | None = None) -> None:
         if workers < 1:
             raise ValueError(f"GradingPool: workers is {workers}, expected at least 1")
         if not 0 < timeout_seconds < float("inf"):
@@ -101,34 +114,37 @@ class GradingPool:
             raise GradingError(f"grading.function is {function!r}, expected 'package.module:function'")
         self._function = function or MATH_FUNCTION
         self._timeout = timeout_seconds
+        self._code_timeout = timeout_seconds if function is not None or sandbox is None else sandbox.deadline
+        self._settings = WorkerSettings(function=function, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes,
+                                        sandbox=sandbox and sandbox.to_json())
         self._lost = 0
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
         try:
-            self._workers.extend(_Worker(self._function, self._timeout) for _ in range(workers))
+            self._workers.extend(_Worker(self._settings) for _ in range(workers))
             while not all(worker.ready for worker in self._workers):
-                self._await_messages(_Call(pairs=()))
+                self._await_messages(_Call(tasks=()))
         except BaseException:
             self.close()
             raise
 
-    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> GradingReport:
-        """Grade (response, answer) pairs; the rewards come in their order. Safe to call from any thread, one call at a time.
+    def grade_many(self, tasks: Sequence[GradingTask]) -> GradingReport:
+        """Grade the tasks; the verdicts come in their order. Safe to call from any thread, one call at a time.
 
-        Raises GradingError when the function returns something other than a finite number, or raises on every pair:
-        a broken grader must not look like a policy that solves nothing.
+        Raises GradingError when the function returns something other than a finite number (and a feedback string), when it raises on
+        every task, and when a task's tests are broken: a broken grader must not look like a policy that solves nothing.
         """
         with self._lock:
             if not self._finalizer.alive:
                 raise GradingError("the grading pool is closed")
-            call = _Call(pairs=pairs)
+            call = _Call(tasks=tasks)
             try:
                 while call.open:
                     self._hand_out(call)
                     self._await_messages(call)
             except BaseException:
-                self.close()  # workers may be half-way through this call's pairs
+                self.close()  # workers may be half-way through this call's tasks
                 raise
         return call.report(self._function)
 
@@ -148,13 +164,15 @@ class GradingPool:
                 return
             if not worker.ready or worker.index is not None:
                 continue
+            task = call.tasks[call.waiting[0]]
+            worker.seconds = self._timeout if task.tests is None else self._code_timeout
             try:
-                worker.connection.send(call.pairs[call.waiting[0]])
+                worker.connection.send((task, worker.seconds))
             except (BrokenPipeError, ConnectionResetError):
                 self._replace(slot, "while idle")  # died between two answers: no answer's fault
                 continue
             worker.index = call.waiting.popleft()
-            worker.deadline = time.monotonic() + self._timeout
+            worker.deadline = time.monotonic() + worker.seconds
 
     def _await_messages(self, call: _Call) -> None:
         """Wait for one message, one death or one deadline, and deal with all that happened by then."""
@@ -168,7 +186,7 @@ class GradingPool:
             elif worker in busy and now >= worker.deadline:
                 if worker.index is None:
                     raise GradingError(f"a grading worker did not load {self._function!r} within {START_SECONDS:.0f} s")
-                logger.warning("grading of answer %d took longer than %g s; it scores 0", worker.index, self._timeout)
+                logger.warning("grading of answer %d took longer than %g s; it scores 0", worker.index, worker.seconds)
                 call.fail(worker.index, timeout=True)
                 self._replace(slot, None)
 
@@ -188,7 +206,7 @@ class GradingPool:
         if kind == READY:
             worker.ready = True
             return
-        if kind == REWARD:
+        if kind == VERDICT:
             call.settle(worker.index, value)
         elif kind == RAISED:
             call.fail(worker.index, trace=value)
@@ -206,30 +224,30 @@ class GradingPool:
                     f"{self._lost} grading workers in a row died without an answer, the last {lost} with exit code {code} "
                     "(-9: killed, perhaps out of memory); their own messages are on stderr"
                 )
-        self._workers[slot] = _Worker(self._function, self._timeout)
+        self._workers[slot] = _Worker(self._settings)
         return code
 
 
 class _Call:
     """The state of one `grade_many`."""
 
-    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self.pairs = pairs
-        self.waiting = deque(range(len(pairs)))
-        self.open = len(pairs)
-        """Pairs without a reward yet."""
-        self.rewards: list[float | None] = [None] * len(pairs)
+    def __init__(self, tasks: Sequence[GradingTask]) -> None:
+        self.tasks = tasks
+        self.waiting = deque(range(len(tasks)))
+        self.open = len(tasks)
+        """Tasks without a verdict yet."""
+        self.verdicts: list[Verdict | None] = [None] * len(tasks)
         self.timeouts = 0
         self.crashes = 0
         self.traces: list[str] = []
 
-    def settle(self, index: int, reward: float) -> None:
-        assert self.rewards[index] is None, f"answer {index} was graded twice"
-        self.rewards[index] = reward
+    def settle(self, index: int, verdict: Verdict) -> None:
+        assert self.verdicts[index] is None, f"answer {index} was graded twice"
+        self.verdicts[index] = verdict
         self.open -= 1
 
     def fail(self, index: int, *, timeout: bool = False, trace: str | None = None) -> None:
-        self.settle(index, 0.0)
+        self.settle(index, Verdict(reward=0.0, outcome=TIMEOUT if timeout else CRASH))
         if timeout:
             self.timeouts += 1
         else:
@@ -238,14 +256,14 @@ class _Call:
             self.traces.append(trace)
 
     def report(self, function: str) -> GradingReport:
-        if self.traces and len(self.traces) == len(self.pairs):
+        if self.traces and len(self.traces) == len(self.tasks):
             raise GradingError(
-                f"grading function {function!r} raised on every one of {len(self.pairs)} answers; the first:\n{self.traces[0]}"
+                f"grading function {function!r} raised on every one of {len(self.tasks)} answers; the first:\n{self.traces[0]}"
             )
         if self.traces:
             logger.warning("grading function %r raised on %d of %d answers, which score 0; the first:\n%s",
-                           function, len(self.traces), len(self.pairs), self.traces[0])  # fmt: skip
-        return GradingReport(rewards=tuple(self.rewards), timeouts=self.timeouts, crashes=self.crashes)
+                           function, len(self.traces), len(self.tasks), self.traces[0])  # fmt: skip
+        return GradingReport(verdicts=tuple(self.verdicts), timeouts=self.timeouts, crashes=self.crashes)
 
 
 def _kill_all(workers: list[_Worker], owner: int) -> None:

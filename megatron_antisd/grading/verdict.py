@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from megatron_antisd.records import CodeTests
 
+# What became of an answer. Only GRADED was compared with anything; the others score what was reached by then, 0 in most cases.
+GRADED, NO_PROGRAM, OUT_OF_TIME, TIMEOUT, CRASH = "graded", "no_program", "out_of_time", "timeout", "crash"
+
+
+class GradingError(RuntimeError):
+    """Grading cannot go on: the function cannot be loaded, breaks its contract, or fails on everything; tests are broken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradingTask:
@@ -23,3 +30,6 @@ class Verdict:
     reward: float
     feedback: str | None = None
     """What the teacher is told of this answer; None takes privileged.correct or privileged.incorrect."""
+    outcome: str = GRADED
+    """`graded`; `no_program`: no block of code in the response; `out_of_time`: the program's own time ran out, tests passed before count;
+    `timeout`, `crash`: the worker was killed or died, or the function raised."""

@@ -1,4 +1,4 @@
-"""One grading worker: a fresh Python process that answers one (response, answer) pair at a time over a pipe.
+"""One grading worker: a fresh Python process that grades one answer at a time over a pipe.
 
 Started by `GradingPool` with `python -c`, not with `multiprocessing`: its spawn and forkserver methods import the
 parent's `__main__` again, which under `python -m megatron_antisd.train` would load torch and vLLM into every worker.
@@ -8,55 +8,95 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import json
 import math
 import os
 import resource
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from numbers import Real
+from typing import Any
+
+from megatron_antisd.grading.verdict import GradingError, GradingTask, Verdict
 
 MATH_FUNCTION = "megatron_antisd.grading.math:grade"
-MATH_MEMORY_BYTES = 4 << 30
-"""Address space of a worker of the math grader: `10^{10^{10}}` must not take the machine's memory."""
 WATCHDOG_GRACE_SECONDS = 10.0
 PARENT_POLL_SECONDS = 2.0
 
-# What a worker sends: (kind, value). READY "" once; then one of the others for each pair.
-READY, FAILED_START, REWARD, RAISED, INVALID = "ready", "failed_start", "reward", "raised", "invalid"
+# What a worker sends: (kind, value). READY "" once; then one of the others for each task.
+READY, FAILED_START, VERDICT, RAISED, INVALID = "ready", "failed_start", "verdict", "raised", "invalid"
 
-Grader = Callable[[str, str], float]
+Grader = Callable[[str, str], "float | tuple[float, str]"]
 
 
-def serve(descriptor: int, function: str, timeout_seconds: float) -> None:
-    """Load `function`, then grade what comes through the connection until it is closed. The body of a worker process."""
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is told when it starts; travels as JSON."""
+
+    function: str | None
+    """Dotted path of the user's function, None for the graders of this package."""
+    timeout_seconds: float
+    memory_bytes: int | None
+    """Address space of the worker; None leaves it as it is."""
+    sandbox: str | None
+    """`SandboxSettings` as JSON; None where no programs are graded."""
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__)
+
+
+def serve(descriptor: int, settings: str) -> None:
+    """Load the grader, then grade what comes through the connection until it is closed. The body of a worker process."""
     # Ctrl-C goes to the whole terminal group; the parent decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     connection = Connection(descriptor)
+    given = WorkerSettings(**json.loads(settings))
     try:
-        grade = load_function(function)
+        grader = load_grader(given)
     except Exception as error:
         connection.send((FAILED_START, str(error)))
         return
-    if function == MATH_FUNCTION:
-        _limit_memory(MATH_MEMORY_BYTES)
-        grade(r"\boxed{\frac{1}{2}}", "0.5")  # compiles the parser's patterns now, not on the first answer's clock
     connection.send((READY, ""))
     try:
         while True:
             while not connection.poll(PARENT_POLL_SECONDS):
                 if os.getppid() != parent:
                     return  # a fork of the parent may hold the pipe open after the parent itself is gone
-            response, answer = connection.recv()
+            task, seconds = connection.recv()
             # The parent ends a worker that takes too long. Should the parent be gone, this C thread does (no GIL needed).
-            faulthandler.dump_traceback_later(timeout_seconds + WATCHDOG_GRACE_SECONDS, exit=True)
-            outcome = _outcome(grade, function, response, answer)
+            faulthandler.dump_traceback_later(seconds + WATCHDOG_GRACE_SECONDS, exit=True)
+            outcome = _outcome(grader, given.function, task)
             faulthandler.cancel_dump_traceback_later()
             connection.send(outcome)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the pool was closed
+
+
+def load_grader(settings: WorkerSettings) -> Callable[[GradingTask], Any]:
+    """What grades a task: the user's function, else the code grader where the task has tests, else the math grader. Limits the memory."""
+    if settings.function is not None:
+        function = load_function(settings.function)
+        _limit_memory(settings.memory_bytes)
+        return lambda task: function(task.response, task.answer)
+    grade = load_function(MATH_FUNCTION)
+    _limit_memory(settings.memory_bytes)
+    grade(r"\boxed{\frac{1}{2}}", "0.5")  # compiles the parser's patterns now, not on the first answer's clock
+    if settings.sandbox is None:
+        return lambda task: _without_tests(task) or grade(task.response, task.answer)
+    from megatron_antisd.grading.code import grade_code
+    from megatron_antisd.grading.sandbox import SandboxSettings
+
+    sandbox = SandboxSettings.from_json(settings.sandbox)
+    return lambda task: grade(task.response, task.answer) if task.tests is None else grade_code(task.response, task.tests, sandbox)
+
+
+def _without_tests(task: GradingTask) -> None:
+    if task.tests is not None:
+        raise GradingError("a task with tests came to a grading pool without a sandbox: give GradingPool(sandbox=choose_sandbox(config.grading))")
 
 
 def load_function(path: str) -> Grader:
@@ -80,18 +120,25 @@ def load_function(path: str) -> Grader:
     return function
 
 
-def _limit_memory(size: int) -> None:
+def _limit_memory(size: int | None) -> None:
+    """Bound the address space: `10^{10^{10}}` must not take the machine's memory. What the worker starts may be given more."""
+    if size is None:
+        return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
 
 
-def _outcome(grade: Grader, function: str, response: str, answer: str) -> tuple[str, float | str]:
+def _outcome(grader: Callable[[GradingTask], Any], function: str | None, task: GradingTask) -> tuple[str, Verdict | str]:
     try:
-        value = grade(response, answer)
+        value = grader(task)
+    except GradingError as error:
+        return INVALID, str(error)
     except Exception:
         return RAISED, traceback.format_exc(limit=-3)
-    if not isinstance(value, Real):
-        return INVALID, f"grading function {function!r} returned {value!r} ({type(value).__name__}), expected a finite float"
-    if not math.isfinite(value):
-        return INVALID, f"grading function {function!r} returned {value!r}, expected a finite float"
-    return REWARD, float(value)
+    if isinstance(value, Verdict):
+        return VERDICT, value
+    reward, feedback = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if not isinstance(reward, Real) or not math.isfinite(reward) or not isinstance(feedback, str | None):
+        return INVALID, (f"grading function {function!r} returned {value!r:.200} ({type(value).__name__}), expected a finite float, "
+                         "or a finite float and a feedback string")
+    return VERDICT, Verdict(reward=float(reward), feedback=feedback)

@@ -8,13 +8,13 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from distributed import run_ranks
 
-from megatron_antisd.grading import GradingError, GradingPool
+from megatron_antisd.grading import GradingError, GradingPool, GradingTask
 
 GRADERS = """
     import os, signal, subprocess, sys, time
@@ -59,6 +59,10 @@ GRADERS = """
 """
 
 
+def tasks(pairs: Iterable[tuple[str, str]]) -> list[GradingTask]:
+    return [GradingTask(response=response, answer=answer) for response, answer in pairs]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def graders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("graders")
@@ -80,7 +84,7 @@ def test_500_answers_in_order() -> None:
     with GradingPool(workers=2, timeout_seconds=10.0) as pool:
         started = time.monotonic() - start
         pairs = [(rf"\boxed{{\frac{{{i}}}{{2}}}}", str((i + i % 2) / 2)) for i in range(500)]
-        report = pool.grade_many(pairs)
+        report = pool.grade_many(tasks(pairs))
     assert report.rewards == tuple(float(i % 2 == 0) for i in range(500))
     assert (report.timeouts, report.crashes) == (0, 0)
     assert started < 20  # 0.5 s measured; loose for a machine under load
@@ -89,22 +93,22 @@ def test_500_answers_in_order() -> None:
 def test_a_hanging_answer_costs_only_itself(pool: GradingPool) -> None:
     pairs = [("1", "1")] * 10 + [("hang", "1")] + [("2", "1")] * 10 + [("3", "3")] * 10
     start = time.monotonic()
-    report = pool.grade_many(pairs)
+    report = pool.grade_many(tasks(pairs))
     seconds = time.monotonic() - start
     assert report.rewards == (1.0,) * 10 + (0.0,) * 11 + (1.0,) * 10
     assert (report.timeouts, report.crashes) == (1, 0)
     assert 2.0 <= seconds < 12
-    assert pool.grade_many([("1", "1")] * 4).rewards == (1.0,) * 4  # still alive
+    assert pool.grade_many(tasks([("1", "1")] * 4)).rewards == (1.0,) * 4  # still alive
 
 
 def test_a_hang_that_holds_the_gil_is_ended(pool: GradingPool) -> None:
-    report = pool.grade_many([("hang_in_c", ""), ("1", "1")])
+    report = pool.grade_many(tasks([("hang_in_c", ""), ("1", "1")]))
     assert report.rewards == (0.0, 1.0)
     assert report.timeouts == 1
 
 
 def test_more_hangs_than_workers(pool: GradingPool) -> None:
-    report = pool.grade_many([("hang", "")] * 3 + [("1", "1")])
+    report = pool.grade_many(tasks([("hang", "")] * 3 + [("1", "1")]))
     assert report.rewards == (0.0, 0.0, 0.0, 1.0)
     assert report.timeouts == 3
 
@@ -112,7 +116,7 @@ def test_more_hangs_than_workers(pool: GradingPool) -> None:
 @pytest.mark.parametrize("how", ["exit", "sys_exit", "segfault"])
 def test_a_dying_worker_costs_only_its_answer(pool: GradingPool, how: str) -> None:
     pairs = [("1", "1"), (how, ""), ("2", "2"), (how, ""), ("3", "3"), (how, ""), (how, "")] + [("4", "4")] * 20
-    report = pool.grade_many(pairs)
+    report = pool.grade_many(tasks(pairs))
     assert report.rewards == tuple(float(response == answer) for response, answer in pairs)
     assert (report.timeouts, report.crashes) == (0, 4)
 
@@ -121,42 +125,42 @@ def test_a_death_leaves_the_other_worker_as_it_was() -> None:
     """The worker that did not die is the same process with its memory; only the dead one is new."""
     with GradingPool(workers=2, timeout_seconds=5.0, function="own_graders:act") as pool:
         before = {worker.process.pid for worker in pool._workers}
-        pool.grade_many([("exit", ""), ("1", "1")])
+        pool.grade_many(tasks([("exit", ""), ("1", "1")]))
         after = {worker.process.pid for worker in pool._workers}
         assert len(before & after) == 1
         (survivor,) = before & after
-        pids = {int(pid) for pid in pool.grade_many([("pid", "")] * 50).rewards}
+        pids = {int(pid) for pid in pool.grade_many(tasks([("pid", "")] * 50)).rewards}
         assert survivor in pids
         assert pids <= after
 
 
 def test_state_of_a_worker_persists_between_calls() -> None:
     with GradingPool(workers=1, timeout_seconds=5.0, function="own_graders:act") as pool:
-        pool.grade_many([("1", "1")] * 6)
-        assert pool.grade_many([("calls", "")]).rewards == (7.0,)
+        pool.grade_many(tasks([("1", "1")] * 6))
+        assert pool.grade_many(tasks([("calls", "")])).rewards == (7.0,)
 
 
 def test_a_worker_killed_while_idle_loses_nothing(pool: GradingPool) -> None:
     for worker in pool._workers:
         worker.process.kill()
         worker.process.wait()
-    report = pool.grade_many([("1", "1")] * 6)
+    report = pool.grade_many(tasks([("1", "1")] * 6))
     assert report.rewards == (1.0,) * 6
     assert report.crashes == 0
 
 
 def test_an_exception_is_a_crash_unless_everything_raises(pool: GradingPool) -> None:
-    report = pool.grade_many([("raise", ""), ("1", "1")])
+    report = pool.grade_many(tasks([("raise", ""), ("1", "1")]))
     assert report.rewards == (0.0, 1.0)
     assert report.crashes == 1
     with pytest.raises(GradingError, match=r"(?s)own_graders:act.*raised on every one of 3.*a bad answer"):
-        pool.grade_many([("raise", "")] * 3)
-    assert pool.grade_many([("1", "1")]).rewards == (1.0,)
+        pool.grade_many(tasks([("raise", "")] * 3))
+    assert pool.grade_many(tasks([("1", "1")])).rewards == (1.0,)
 
 
 def test_children_of_a_hanging_function_are_killed_with_it(pool: GradingPool, tmp_path: Path) -> None:
     file = tmp_path / "pid"
-    assert pool.grade_many([("child", str(file))]).timeouts == 1
+    assert pool.grade_many(tasks([("child", str(file))])).timeouts == 1
     child = int(file.read_text())
     deadline = time.monotonic() + 5
     while _runs(child) and time.monotonic() < deadline:
@@ -167,20 +171,20 @@ def test_children_of_a_hanging_function_are_killed_with_it(pool: GradingPool, tm
 def test_workers_do_not_import_torch_or_sympy_for_a_function_of_the_users(pool: GradingPool) -> None:
     import torch  # noqa: F401  (the parent has it, as in training)
 
-    assert pool.grade_many([("heavy", "")]).rewards == (0.0,)
+    assert pool.grade_many(tasks([("heavy", "")])).rewards == (0.0,)
 
 
 def test_large_responses_and_no_responses(pool: GradingPool) -> None:
     text = "é" * 3_000_000
-    assert pool.grade_many([(text, text), (text, "x")]).rewards == (1.0, 0.0)
-    assert pool.grade_many([]).rewards == ()
+    assert pool.grade_many(tasks([(text, text), (text, "x")])).rewards == (1.0, 0.0)
+    assert pool.grade_many(tasks([])).rewards == ()
 
 
 def test_used_from_two_threads(pool: GradingPool) -> None:
     rewards: dict[str, tuple[float, ...]] = {}
 
     def use(name: str) -> None:
-        rewards[name] = pool.grade_many([(name, "first")] * 50).rewards
+        rewards[name] = pool.grade_many(tasks([(name, "first")] * 50)).rewards
 
     threads = [threading.Thread(target=use, args=(name,)) for name in ("first", "second")]
     for thread in threads:
@@ -209,7 +213,7 @@ def test_a_bad_dotted_path_fails_at_start(path: str, message: str) -> None:
 @pytest.mark.parametrize("kind", ["none", "nan", "text"])
 def test_a_reward_that_is_no_finite_number_is_an_error(pool: GradingPool, kind: str) -> None:
     with pytest.raises(GradingError, match=r"own_graders:act.*returned.*expected a finite float"):
-        pool.grade_many([("1", "1"), (kind, "")])
+        pool.grade_many(tasks([("1", "1"), (kind, "")]))
 
 
 def test_close_ends_the_workers_and_refuses_work(pool: GradingPool) -> None:
@@ -218,7 +222,7 @@ def test_close_ends_the_workers_and_refuses_work(pool: GradingPool) -> None:
     pool.close()
     assert not any(_runs(pid) for pid in pids)
     with pytest.raises(GradingError, match="closed"):
-        pool.grade_many([("1", "1")])
+        pool.grade_many(tasks([("1", "1")]))
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 1.0), (1, 0.0), (1, -1.0), (1, float("nan"))])
@@ -229,10 +233,10 @@ def test_impossible_sizes(workers: int, seconds: float) -> None:
 
 RANK = """
     import os
-    from megatron_antisd.grading import GradingPool
+    from megatron_antisd.grading import GradingPool, GradingTask
     rank = os.environ["RANK"]
     with GradingPool(workers=2, timeout_seconds=10.0) as pool:
-        rewards = pool.grade_many([(chr(92) + "boxed{%s}" % (i % 2), rank) for i in range(20)]).rewards
+        rewards = pool.grade_many([GradingTask(response=chr(92) + "boxed{%s}" % (i % 2), answer=rank) for i in range(20)]).rewards
     assert rewards == tuple(float(str(i % 2) == rank) for i in range(20)), rewards
 """
 
@@ -247,9 +251,9 @@ MAIN = """
     import os, sys
     print("main runs", flush=True)
     import json  # no `if __name__` guard on purpose: a worker that imported this would start pools without end
-    from megatron_antisd.grading import GradingPool
+    from megatron_antisd.grading import GradingPool, GradingTask
     pool = GradingPool(workers=2, timeout_seconds=5.0)
-    print(pool.grade_many([(chr(92) + "boxed{2}", "2"), ("2", "2")]).rewards)
+    print(pool.grade_many([GradingTask(response=text, answer="2") for text in (chr(92) + "boxed{2}", "2")]).rewards)
     print("workers", *[worker.process.pid for worker in pool._workers], flush=True)
     if "die" in sys.argv:
         os._exit(1)
