@@ -42,8 +42,11 @@ def write_u_lens(
     name = (first.parent if first.name == ROLLOUTS else first).resolve().name
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(_page(packer, method, name, minimum_count), encoding="utf-8")
-    temporary.replace(output)
+    try:
+        temporary.write_text(_page(packer, method, name, minimum_count), encoding="utf-8")
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
     return output
 
 

@@ -44,9 +44,9 @@ def _log_bins(log_prob: np.ndarray) -> np.ndarray:
 
 def over_steps(values: TokenValues, steps: Sequence[int]) -> list[dict[str, Any]]:
     """Of each step: tokens, mean u, share of u < 0 and their standard errors, tokens taken as independent; None where there are too few."""
-    rows = []
+    rows, every = [], values.u
     for step in steps:
-        u = values.u[values.step == step]
+        u = every[values.step == step]
         rows.append({"step": step, "tokens": len(u), "mean": _mean(u), "error": _error(u),
                      "share": _mean((u < 0).astype(np.float64)), "shareError": _error((u < 0).astype(np.float64))})
     return rows
@@ -59,17 +59,17 @@ def extreme_tokens(values: TokenValues, steps: Sequence[int], minimum_count: int
     `means` (None where the token does not occur) and `counts`.
     """
     ids, inverse = np.unique(values.token, return_inverse=True)
-    count = np.bincount(inverse, minlength=len(ids))
-    mean = np.bincount(inverse, weights=values.u, minlength=len(ids)) / count
-    squares = np.bincount(inverse, weights=(values.u - mean[inverse]) ** 2, minlength=len(ids))
+    u, count = values.u, np.bincount(inverse, minlength=len(ids))
+    mean = np.bincount(inverse, weights=u, minlength=len(ids)) / count
+    squares = np.bincount(inverse, weights=(u - mean[inverse]) ** 2, minlength=len(ids))
     order = np.argsort(mean, kind="stable")
     order = order[count[order] >= minimum_count]
     low = [place for place in order[:SHOWN_TOKENS] if mean[place] < 0]
     high = [place for place in order[::-1][:SHOWN_TOKENS] if mean[place] > 0]
     rows = {}
     for place in {*low, *high}:
-        mine = inverse == place
-        by_step = [values.u[mine & (values.step == step)] for step in steps]
+        mine = np.flatnonzero(inverse == place)
+        by_step = [u[mine[values.step[mine] == step]] for step in steps]
         error = None if count[place] < 2 else math.sqrt(squares[place] / (count[place] - 1) / count[place])
         rows[place] = {"token": int(ids[place]), "count": int(count[place]), "mean": float(mean[place]), "error": error,
                        "means": [_mean(u) for u in by_step], "counts": [len(u) for u in by_step]}
@@ -78,9 +78,8 @@ def extreme_tokens(values: TokenValues, steps: Sequence[int], minimum_count: int
 
 def colour_range(values: TokenValues) -> float:
     """Nats of |u| at which the colour is full: a high quantile, two digits."""
-    if not len(values.u):
-        return DEFAULT_RANGE
-    return max(SMALLEST_RANGE, float(f"{np.quantile(np.abs(values.u), RANGE_QUANTILE):.2g}"))
+    size = np.abs(values.u)
+    return max(SMALLEST_RANGE, float(f"{np.quantile(size, RANGE_QUANTILE):.2g}")) if len(size) else DEFAULT_RANGE
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -2,11 +2,11 @@
 
 const ROW_HEIGHT = 26;
 const COLUMNS = [
-  { key: "step", title: "step", width: 8 }, { key: "problem", title: "problem", width: 20, search: true },
+  { key: "step", title: "step", width: 8 }, { key: "problem", title: "problem", width: 17, search: true },
   { key: "index", title: "index", width: 8 }, { key: "reward", title: "reward", width: 10, digits: 2 },
-  { key: "truncated", title: "truncated", width: 11, choice: true }, { key: "tokens", title: "tokens", width: 10 },
+  { key: "truncated", title: "truncated", width: 13, choice: true }, { key: "tokens", title: "tokens", width: 9 },
   { key: "mean", title: "mean u", width: 11, digits: 3, sign: true }, { key: "share", title: "u < 0", width: 10, digits: 3 },
-  { key: "source", title: "solution", width: 12, choice: true },
+  { key: "source", title: "solution", width: 14, choice: true },
 ];
 
 // "3", "=3", "<0.5", ">=2", "1..4"; null for what is none of these.

@@ -55,6 +55,7 @@ class TokenView {
   }
 
   update(entries) {
+    if (!this.scroller.clientHeight) return; // another tab is open: nothing has a height, and this comes again
     const gone = [];
     for (const entry of entries) {
       const chunk = this.chunks[entry.target.dataset.number];
