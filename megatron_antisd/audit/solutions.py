@@ -11,17 +11,25 @@ from megatron_antisd.records import ScoredGroup
 
 
 class SolutionCheck:
-    """Grades each data-set solution that is shown, once a problem; peers carry the reward they were graded with."""
+    """Grades each data-set solution that is shown, once a problem. Peers carry the reward they were graded with; with `peers` they are graded
+    once more, as for rollouts on disk, whose grader may have changed since."""
 
-    def __init__(self, grader: GradingPool, prompts: PromptBuilder) -> None:
-        self._grader, self._prompts = grader, prompts
-        self._passes: dict[str, bool] = {}
+    def __init__(self, grader: GradingPool, prompts: PromptBuilder, *, peers: bool = False) -> None:
+        self._grader, self._prompts, self._peers = grader, prompts, peers
+        self._passes: dict[tuple[str, str], bool] = {}
 
     def failing(self, groups: Sequence[ScoredGroup]) -> list[str]:
-        """Ids of the problems of which the data set's solution was shown and fails."""
-        shown = [group.problem for group in groups if any(scored.privileged.source == "reference" for scored in group.rollouts)]
-        new = [problem for problem in shown if problem.id not in self._passes]
-        report = self._grader.grade_many(
-            [GradingTask(response=self._prompts.clean(p.solution or ""), answer=p.answer, tests=p.tests) for p in new])
-        self._passes |= {problem.id: reward >= 1.0 for problem, reward in zip(new, report.rewards, strict=True)}
-        return [problem.id for problem in shown if not self._passes[problem.id]]
+        """Ids of the problems of which a solution was shown that fails."""
+        shown = {(group.problem.id, text): group.problem for group in groups for text in self._shown(group)}
+        new = {key: problem for key, problem in shown.items() if key not in self._passes}
+        report = self._grader.grade_many([GradingTask(response=key[1], answer=p.answer, tests=p.tests) for key, p in new.items()])
+        self._passes |= {key: reward >= 1.0 for key, reward in zip(new, report.rewards, strict=True)}
+        return list(dict.fromkeys(identifier for identifier, text in shown if not self._passes[identifier, text]))
+
+    def _shown(self, group: ScoredGroup) -> list[str]:
+        texts = {s.rollout.index: s.rollout.text for s in group.rollouts}
+        sources = dict.fromkeys((s.privileged.source, s.privileged.shown_index) for s in group.rollouts)
+        found = [group.problem.solution or "" for source, _ in sources if source == "reference"]
+        if self._peers:
+            found += [texts[index] for source, index in sources if source == "peer" and index in texts]
+        return [self._prompts.clean(text) for text in found]

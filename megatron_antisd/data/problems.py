@@ -7,6 +7,7 @@ Accepted rows (columns of a Parquet file, keys of a JSON object; other keys are 
     schema    problem                 answer                       solution    id                                source
     verl      prompt: one message     reward_model.ground_truth    -           data_source-extra_info.index      data_source
     problem   problem: text           answer: text or number       solution?   id?: text or integer              source?
+    code      problem: text           tests: records.CodeTests     solution?   id?                               source?
     question  question: text          answer                       solution?   id?                               source?
     prompt    prompt: text            answer                       solution?   id?                               source?
 
@@ -21,6 +22,7 @@ rather than a library's generator: the same on every machine, version and rank, 
 
 from __future__ import annotations
 
+import dataclasses
 import decimal
 import hashlib
 import json
@@ -34,7 +36,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from megatron_antisd.records import Problem
+from megatron_antisd.records import CodeTests, Problem, code_tests_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     """(row number, row as a dict), in batches: DAPO-Math-17k's file repeats its 17,917 rows about 100 times. Other columns are not read."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            used = {"id", "answer", "solution", "source", "reward_model", "extra_info", "data_source", *TEXT_KEYS}
+            used = {"id", "answer", "solution", "source", "tests", "reward_model", "extra_info", "data_source", *TEXT_KEYS}
             columns = [name for name in file.schema_arrow.names if name in used]
             number = 0
             for batch in file.iter_batches(batch_size=8192, columns=columns):
@@ -130,13 +132,31 @@ def _plain(row: Mapping[str, Any], place: str, default_id: str) -> Problem:
     key = next((k for k in TEXT_KEYS if row.get(k) is not None), None)
     if key is None:
         raise ProblemDataError(f"{place}: no problem text; expected one of the keys {', '.join(TEXT_KEYS)}, got {sorted(row)}")
-    answer = _answer(row.get("answer"), place, "answer")
+    tests = _tests(row, place)
+    answer = _answer(row.get("answer"), place, "answer") if tests is None else ""
     if "\n#### " in answer:
         raise ProblemDataError(f"{place}: `answer` is a worked solution ending in '####' (GSM8K's format); put the final value "
                                "into `answer` and the text into `solution`")
-    return Problem(id=_identifier(row.get("id"), place, default_id), prompt=_text(row[key], place, key), answer=answer,
+    return Problem(id=_identifier(row.get("id"), place, default_id), prompt=_text(row[key], place, key), answer=answer, tests=tests,
                    solution=_optional_text(row.get("solution"), place, "solution"),
                    source=_optional_text(row.get("source"), place, "source") or "")
+
+
+def _tests(row: Mapping[str, Any], place: str) -> CodeTests | None:
+    """A programming task's tests; None where the row has none."""
+    if row.get("tests") is None:
+        return None
+    try:
+        tests = code_tests_from_json(row["tests"])
+        broken = [case for case in tests.cases if not all(isinstance(part, str) for part in case)]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ProblemDataError(f"{place}: `tests` is {row['tests']!r:.80} ({error}); expected an object such as "
+                               '{"entry_point": "add", "cases": [["(1, 2)", "3"]]}') from error
+    if broken:
+        raise ProblemDataError(f"{place}: a test case is {broken[0]!r:.80}, expected [input, expected output], both text")
+    if tests.count == 0:
+        raise ProblemDataError(f"{place}: `tests` holds neither cases nor assertions; a program without tests cannot be graded")
+    return tests
 
 
 class _PublishedRows:
@@ -235,7 +255,8 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     """Of ids, texts, answers and solutions, in order: two data sets with one fingerprint are the same data set."""
     digest = hashlib.sha256()
     for problem in problems:
-        for part in (problem.id, problem.prompt, problem.answer, problem.solution):
+        tests = None if problem.tests is None else json.dumps(dataclasses.asdict(problem.tests))
+        for part in (problem.id, problem.prompt, problem.answer, problem.solution, *(() if tests is None else (tests,))):
             digest.update(b"\x00" if part is None else b"\x01%d:" % len(part.encode()) + part.encode())
     return digest.hexdigest()
 

@@ -26,7 +26,12 @@ def load_rollouts(directory: str | Path, step: int) -> list[RolloutGroup]:
     path = _path(directory, step)
     if not path.is_file():
         raise FileNotFoundError(f"debug.load_rollouts: no rollouts of step {step} ({path}); save them with debug.save_rollouts={directory}")
-    return [_group(json.loads(line)) for line in path.read_text().splitlines()]
+    return read_rollouts(path)
+
+
+def read_rollouts(path: Path) -> list[RolloutGroup]:
+    """The groups of one file."""
+    return [_group(json.loads(line)) for line in path.read_text().split("\n") if line]
 
 
 def _group(row: dict) -> RolloutGroup:

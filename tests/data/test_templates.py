@@ -6,30 +6,14 @@ import random
 from typing import Any
 
 import pytest
+from chat import RIGHT, WRONG, builder, group
 from transformers import PreTrainedTokenizerFast
 
-from megatron_antisd.config import DataConfig, PrivilegedConfig
-from megatron_antisd.data import PromptBuilder, PromptError, strip_thinking
+from megatron_antisd.data import PromptError, strip_thinking
 from megatron_antisd.records import Problem, Rollout, RolloutGroup
 
-RIGHT, WRONG = "Your answer is correct.", "Your answer is incorrect."
 HEAD = "\n\nYour previous attempt:\n"
 FOOT = "\n\nPrevious assessment: {}\n\nNow solve this problem step by step.<|im_end|>\n<|im_start|>assistant\n"
-
-
-def builder(tokenizer: PreTrainedTokenizerFast, max_context: int = 4096, data: dict[str, Any] | None = None, **privileged: Any) -> PromptBuilder:
-    return PromptBuilder(tokenizer, DataConfig(train=("x.jsonl",), **(data or {})), PrivilegedConfig(**privileged), max_context)
-
-
-def group(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, float, bool]], solution: str | None = None, prompt: str = "2+2?",
-          identifier: str = "p") -> RolloutGroup:
-    """`rows`: text, reward, truncated."""
-    rollouts = []
-    for index, (text, reward, truncated) in enumerate(rows):
-        ids = (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)
-        rollouts.append(Rollout(problem_id=identifier, index=index, prompt_ids=(1,), response_ids=ids, engine_log_probs=(-1.0,) * len(ids),
-                                truncated=truncated, policy_version=0, text=text).graded(reward, RIGHT if reward >= 1 else WRONG))
-    return RolloutGroup(problem=Problem(id=identifier, prompt=prompt, answer="4", solution=solution), rollouts=tuple(rollouts))
 
 
 def decoded(tokenizer: PreTrainedTokenizerFast, view: Any) -> str:

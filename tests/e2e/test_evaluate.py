@@ -1,0 +1,113 @@
+"""The evaluation program on real checkpoints and engines: alone, interrupted, and inside a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_world import World, configuration, launch, make_world, train, write
+
+from megatron_antisd.evaluation.store import read_samples
+from megatron_antisd.metrics import read_metrics, read_rows
+
+PREFIX = "eval/held-out/"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("evaluate"))
+
+
+def benchmarks(world: World, samples: int = 4) -> dict[str, Any]:
+    return {"every": 2, "benchmarks": [{"name": "held-out", "path": str(world.benchmark), "samples": samples}], "samples_at_once": 12}
+
+
+@pytest.fixture(scope="module")
+def trained(world: World) -> Path:
+    """Two steps with the in-process engine, evaluated at 0 and 2, with checkpoints and an export."""
+    directory = world.root / "trained"
+    train(1, write(configuration(world, directory, run={"steps": 2}, rollout={"engine": "megatron"}, checkpoint={"every": 1},
+                                 evaluation=benchmarks(world)), world.root / "trained.yaml"))
+    return directory
+
+
+def alone(world: World, name: str, ranks: int = 1, **sections: dict[str, Any]) -> tuple[Path, str]:
+    """Evaluate; the results' directory and the output."""
+    raw = configuration(world, world.root / name, **{"evaluation": benchmarks(world), **sections})
+    del raw["data"]["train"]  # nothing is trained
+    done = launch(ranks, "-m", "megatron_antisd.evaluate", write(raw, world.root / f"{name}.yaml"))
+    assert done.returncode == 0, done.stdout[-6000:]
+    return world.root / name / "evaluation", done.stdout
+
+
+def only_row(directory: Path) -> dict[str, Any]:
+    rows = read_rows(directory / "metrics.jsonl")
+    assert len(rows) == 1
+    return rows[0]
+
+
+def texts(path: Path) -> list[str]:
+    return [row["text"] for row in read_samples(path)[1]]
+
+
+def test_a_run_stores_every_sample_and_its_metrics_follow_from_them(world: World, trained: Path) -> None:
+    problems = [json.loads(line)["id"] for line in world.benchmark.read_text().splitlines()]
+    for step in (0, 2):
+        header, samples = read_samples(trained / f"evaluations/step_{step:06d}/held-out.jsonl")
+        assert (header["step"], header["samples"]) == (step, 4)
+        assert [(row["problem_id"], row["index"]) for row in samples] == [(problem, i) for problem in problems for i in range(4)]
+        row = next(row for row in read_metrics(trained / "metrics.jsonl") if row["step"] == step)
+        assert row[f"{PREFIX}avg@4"] == pytest.approx(sum(s["reward"] for s in samples) / len(samples))
+        assert row[f"{PREFIX}response_length_mean"] == pytest.approx(sum(s["tokens"] for s in samples) / len(samples))
+        assert {f"{PREFIX}{key}" for key in ("low@4", "high@4", "pass@3", "pass_low@3", "pass_high@3")} <= row.keys()
+
+
+def test_checkpoints_exports_and_engines_agree(world: World, trained: Path) -> None:
+    """The training checkpoint, its Hugging Face export on one rank and on two, through vLLM and the in-process engine: the same samples as the
+    run's own evaluation, for the in-process engine; vLLM draws other numbers, so two of its ways are held against each other."""
+    own = texts(trained / "evaluations/step_000002/held-out.jsonl")
+    checkpoint, _ = alone(world, "of-checkpoint", model={"path": str(trained / "checkpoints/step_000002")}, rollout={"engine": "megatron"})
+    assert texts(checkpoint / "evaluations/step_000002/held-out.jsonl") == own
+    assert only_row(checkpoint)["step"] == 2
+    export, _ = alone(world, "of-export", ranks=2, model={"path": str(trained / "hf")}, rollout={"engine": "megatron"})
+    assert texts(export / "evaluations/step_000000/held-out.jsonl") == own
+    vllm_of_export, _ = alone(world, "vllm-of-export", model={"path": str(trained / "hf")})
+    vllm_of_checkpoint, _ = alone(world, "vllm-of-checkpoint", ranks=2, model={"path": str(trained / "checkpoints/step_000002")},
+                                  parallel={"tensor_parallel_size": 2})
+    assert texts(vllm_of_export / "evaluations/step_000000/held-out.jsonl") == texts(vllm_of_checkpoint / "evaluations/step_000002/held-out.jsonl")
+
+
+def test_an_interrupted_evaluation_goes_on(world: World, trained: Path) -> None:
+    sections: dict[str, Any] = {"model": {"path": str(trained / "hf")}, "rollout": {"engine": "megatron"}}
+    directory, _ = alone(world, "whole", **sections)
+    path = directory / "evaluations/step_000000/held-out.jsonl"
+    whole, metrics = path.read_bytes(), only_row(directory)
+    lines = whole.split(b"\n")
+    path.write_bytes(b"\n".join(lines[:19]) + b"\n" + lines[19][:20])  # four problems and a half
+    _, output = alone(world, "whole", **sections)
+    assert "continuing with the samples of 4 problems" in output
+    assert path.read_bytes() == whole and only_row(directory) == metrics
+
+
+def test_a_run_interrupted_in_an_evaluation_makes_up_for_it(world: World, trained: Path) -> None:
+    """As the last checkpoint is written before the evaluation: remove the evaluation of step 2 and resume."""
+    rows = [line for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    cut = [line for line in rows if not (PREFIX in line and json.loads(line)["step"] == 2)]
+    assert len(cut) == len(rows) - 1
+    (trained / "metrics.jsonl").write_text("\n".join(cut) + "\n")
+    path = trained / "evaluations/step_000002/held-out.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    train(1, world.root / "trained.yaml")
+    assert path.read_bytes() == whole
+    assert sorted(read_metrics(trained / "metrics.jsonl"), key=lambda r: r["step"]) == sorted(
+        _merged(rows), key=lambda r: r["step"])
+
+
+def _merged(lines: list[str]) -> list[dict[str, Any]]:
+    merged: dict[int, dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        merged.setdefault(row["step"], {}).update(row)
+    return list(merged.values())
