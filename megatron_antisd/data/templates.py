@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_antisd.config import DataConfig, PrivilegedConfig
-from megatron_antisd.data.problems import stable_hash
+from megatron_antisd.data.sampler import stable_hash
 from megatron_antisd.records import PrivilegedView, Problem, Rollout, RolloutGroup, ScoringView
 
 if TYPE_CHECKING:

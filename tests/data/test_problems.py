@@ -66,7 +66,7 @@ def test_published_rows(tmp_path: Path, extension: str, caplog: pytest.LogCaptur
     rows = [published(WRAP.format("one?"), "1", "i1"), published(WRAP.format("two?"), "2", "i2")] * 3
     rows += [published("two?", "2", "i9"), published("odd?", "5", "i3"), published("odd?", "6", "i4"), published("six?", "6", "i6")]
     path = tmp_path / f"p.{extension}"
-    with caplog.at_level(logging.INFO, logger="megatron_antisd.data.problems"):
+    with caplog.at_level(logging.INFO, logger="megatron_antisd.data"):
         problems = load_problems([(write_jsonl if extension == "jsonl" else write_parquet)(path, *rows)])
     assert [(p.id, p.prompt, p.answer, p.source) for p in problems] == [
         ("math_dapo-i1", "one?", "1", "math_dapo"), ("math_dapo-i2", "two?", "2", "math_dapo"), ("math_dapo-i6", "six?", "6", "math_dapo")]

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from megatron_antisd.data import ProblemSampler
-from megatron_antisd.data.problems import stable_hash
+from megatron_antisd.data.sampler import stable_hash
 from megatron_antisd.records import Problem
 
 

@@ -75,8 +75,8 @@ def _break_steps(module: Any) -> None:
                 buffer.grad_data.fill_(float("inf"))
         return update(optimizer, clip_grad, finite_loss=finite_loss)
 
-    def remember(self: Any, *arguments: Any) -> None:
-        initialise(self, *arguments)
+    def remember(self: Any, *arguments: Any, **options: Any) -> None:
+        initialise(self, *arguments, **options)
         broken_update.trainer = self
 
     initialise = module.Trainer.__init__
