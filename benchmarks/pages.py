@@ -4,8 +4,8 @@
 
 Makes a file of scored rollouts, then the u-lens of it with tools/u_lens.py as a fresh process (start-up and imports are part of the time),
 and opens the page in a headless chromium: from the navigation's start until the first rollout's tokens are painted, which the page says
-itself. Every opening is a new tab of one warm browser; the files lie in the system's cache. `--report RUN ...` also makes the report page of finished runs
-with tools/report.py and opens it, until its load event and its largest paint are over.
+itself. Every opening is a new tab of one warm browser; the files lie in the system's cache. `--report RUN ...` also makes the report page
+of finished runs with tools/report.py and opens it, until the second frame after its load event.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def heap_megabytes(browser: Browser, path: Path) -> float:
 def report_row(name: str, path: Path, made: Sequence[float], opened: Sequence[float]) -> bool:
     """Print a line of the table; whether both goals are met."""
     make, show = statistics.median(made), statistics.median(opened) / 1000
-    print(f"| {name} | {path.stat().st_size / 1e6:.2f} MB | {make:.2f} s (most {max(made):.2f}) | {show:.2f} s (most {max(opened) / 1000:.2f}) |", flush=True)
+    print(f"| {name} | {path.stat().st_size / 1e6:.2f} MB | {make:.2f} s (most {max(made):.2f}) | "
+          f"{show:.2f} s (most {max(opened) / 1000:.2f}) |", flush=True)
     return make < MAKE_SECONDS and show < OPEN_SECONDS
 
 

@@ -21,7 +21,7 @@ from megatron_antisd.metrics.scored_rollouts import read_scored, write_scored
 from megatron_antisd.records import ScoredGroup
 from megatron_antisd.reporting.commands import main
 from megatron_antisd.reporting.u_lens import write_u_lens
-from megatron_antisd.reporting.u_lens_data import QUANTUM, packed
+from megatron_antisd.reporting.u_lens_data import QUANTUM, SPECIAL, packed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -238,6 +238,42 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert error.count("\n") == 1 and error.startswith("error: "), error
         assert all(part in error for part in said), error
     assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("text", "special"), [("<|im_end|>", True), ("</think>", True), ("<pad>", True), ("<s>", True), ("", True), (" <s>", False),
+                                               ("<b>", False), ("<|a|b|>", False), ("think", False), ("\n", False)])
+def test_special_tokens_are_told_by_their_whole_text(text: str, special: bool) -> None:
+    assert (SPECIAL.fullmatch(text) is not None) == special
+
+
+# What a colour looks like with all of one kind of cone missing: linear RGB to linear RGB (Machado, Oliveira and Fernandes 2009).
+COLOUR_BLIND = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    "none": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(colour: str, sight: str) -> np.ndarray:
+    """CIE L*a*b* of #rrggbb as seen with that sight."""
+    parts = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    xyz = TO_XYZ @ np.clip(np.array(COLOUR_BLIND[sight]) @ linear, 0, 1) / TO_XYZ.sum(1)
+    root = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * root[1] - 16, 500 * (root[0] - root[1]), 200 * (root[1] - root[2])])
+
+
+@pytest.mark.parametrize("sight", COLOUR_BLIND)
+def test_blue_red_and_none_stay_apart_for_every_sight(sight: str) -> None:
+    style = (ROOT / "megatron_antisd/reporting/u_lens_page/style.css").read_text()
+    schemes = list(zip(*(re.findall(rf"--{name}: (#\w{{6}});", style) for name in ("neg", "pos", "page")), strict=True))
+    assert len(schemes) == 2  # light and dark
+    for scheme in schemes:
+        seen = [lab(colour, sight) for colour in scheme]
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert np.linalg.norm(seen[one] - seen[other]) > 20, (scheme, one, other)
 
 
 def test_tool_prints_the_page(tmp_path: Path) -> None:

@@ -203,6 +203,12 @@ def test_filters_and_order(browser: Browser, made: tuple[Path, Written]) -> None
         page.evaluate("document.querySelectorAll('#list th button')[6].click()")
         drawn = page.evaluate(column)
         assert [float(cell) for cell in drawn[:14]] == pytest.approx(order[:14], abs=6e-4)
+    page.evaluate("document.getElementById('list').focus()")
+    for key, place in (("Home", 0), ("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1)):
+        page.press(key)
+        page.wait(f"document.querySelector('#list tr.chosen')?.ariaRowIndex === '{place + 1}'")
+        chosen = page.evaluate("document.querySelector('#list tr.chosen').dataset.row")
+        page.wait(f"document.getElementById('rollout').dataset.row === '{chosen}'")
     assert type_into(page, "problem", "nowhere") == 0 and page.evaluate("!document.getElementById('none').hidden")
     page.close()
 
