@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_antisd.config import ConfigError, RunConfig, rules
-from megatron_antisd.data import PromptBuilder, load_problems, load_tokenizer, stop_token_ids
+from megatron_antisd.data import ProblemDataError, PromptBuilder, load_problems, load_tokenizer, stop_token_ids
 from megatron_antisd.grading import GradingPool
 from megatron_antisd.grading.building import build_pool
 from megatron_antisd.records import Problem
@@ -41,6 +41,8 @@ def read_inputs(config: RunConfig, *, training: bool) -> Inputs:
     prompts = PromptBuilder(tokenizer, config.data, config.privileged, context)
     if training:
         prompts.require_room(problems, config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    for name, held_out in benchmarks.items():
+        _check_repetitions(name, held_out)
     own_limit = config.evaluation.max_new_tokens
     for held_out in benchmarks.values():
         prompts.require_room(held_out, own_limit or config.rollout.max_new_tokens,
@@ -49,6 +51,17 @@ def read_inputs(config: RunConfig, *, training: bool) -> Inputs:
         tokenizer=tokenizer, problems=problems, benchmarks=benchmarks, prompts=prompts, max_context=context,
         stop_token_ids=stop_token_ids(tokenizer, config.model.path),
         grader=build_pool(config.grading, [*problems, *(problem for held_out in benchmarks.values() for problem in held_out)]))
+
+
+def _check_repetitions(name: str, problems: list[Problem]) -> None:
+    """A benchmark that holds a problem twice weighs it twice."""
+    seen: dict[str, str] = {}
+    for problem in problems:
+        text = " ".join(problem.prompt.split())
+        if text in seen:
+            raise ProblemDataError(f"benchmark {name!r}: problems {seen[text]!r} and {problem.id!r} are the same text; drop one, or prepare the file "
+                                   "with tools/prepare_data.py, which drops and counts copies")
+        seen[text] = problem.id
 
 
 def _model_config(config: RunConfig) -> dict[str, Any]:

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "audit": {"records", "config", "data", "grading", "metrics", "rollout.replay"},
     "evaluation": {"records", "config", "data", "grading", "metrics", "rollout", "inputs"},
     "evaluation.standalone": {"config", "inputs", "policy", "rollout", "parallel"},
+    "prepare": {"records", "config", "data", "grading"},
     "inputs": {"records", "config", "data", "grading"},
     "convert": {"records", "config", "compat", "models", "parallel", "checkpoint"},
 }

@@ -37,7 +37,7 @@ def plain_problem(row: Mapping[str, Any], place: str, default_id: str) -> Proble
     if "\n#### " in answer:
         raise ProblemDataError(f"{place}: `answer` is a worked solution ending in '####' (GSM8K's format); put the final value "
                                "into `answer` and the text into `solution`")
-    return Problem(id=_identifier(row.get("id"), place, default_id), prompt=_text(row[key], place, key), answer=answer, tests=tests,
+    return Problem(id=_identifier(row.get("id"), place, default_id), prompt=required_text(row[key], place, key), answer=answer, tests=tests,
                    solution=_optional_text(row.get("solution"), place, "solution"),
                    source=_optional_text(row.get("source"), place, "source") or "")
 
@@ -111,10 +111,10 @@ def user_message(messages: Any, place: str) -> str:
         got = [m.get("role") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else type(messages).__name__
         raise ProblemDataError(f"{place}: `prompt` must hold exactly one user message, got {got}; "
                                "a system prompt belongs into data.system_prompt")
-    return _text(messages[0].get("content"), place, "prompt[0].content")
+    return required_text(messages[0].get("content"), place, "prompt[0].content")
 
 
-def _text(value: Any, place: str, key: str) -> str:
+def required_text(value: Any, place: str, key: str) -> str:
     if not isinstance(value, str):
         raise ProblemDataError(f"{place}: `{key}` must be text, got {type(value).__name__} {value!r:.80}")
     if not value.strip():
@@ -124,7 +124,7 @@ def _text(value: Any, place: str, key: str) -> str:
 
 def _optional_text(value: Any, place: str, key: str) -> str | None:
     """Blank text counts as absent."""
-    return None if value is None or value == "" or (isinstance(value, str) and not value.strip()) else _text(value, place, key)
+    return None if value is None or value == "" or (isinstance(value, str) and not value.strip()) else required_text(value, place, key)
 
 
 def _answer(value: Any, place: str, key: str) -> str:
@@ -137,10 +137,10 @@ def _answer(value: Any, place: str, key: str) -> str:
         return format(decimal.Decimal(repr(value)), "f")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _text(value, place, key)
+    return required_text(value, place, key)
 
 
 def _identifier(value: Any, place: str, default: str) -> str:
     if value is None:
         return default
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value, place, "id")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else required_text(value, place, "id")

@@ -56,7 +56,7 @@ def with_prompt(whole: ScoredGroup, index: int, tokenizer: PreTrainedTokenizerFa
 
 def test_sound_contexts_have_no_defects(tokenizer: PreTrainedTokenizerFast) -> None:
     for fields in ({}, {"solution": "Reference: four"}, {"prompt": "Wie viel ist 2+2, \U0001f600 ﬁne?  Two  spaces."}):
-        for data in ({}, {"prompt_template": "Q: {problem}\nBox.", "system_prompt": "Be brief."}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        for data in ({}, {"prompt_template": "Q: {problem}\nBox.", "system_prompt": "Short."}, {"chat_template_kwargs": {"enable_thinking": False}}):
             prompts = builder(tokenizer, data=data)
             for rows in (ROWS, [("a", 0.0, False), ("b", 0.0, True)], [*ROWS, ("<think>hm</think>Four: \\boxed{4}", 1.0, False)]):
                 found = ContextInspector(prompts, tokenizer).inspect(scored(prompts, tokenizer, rows, **fields))
