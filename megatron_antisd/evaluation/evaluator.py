@@ -15,8 +15,8 @@ from megatron_antisd.data import PromptBuilder
 from megatron_antisd.data.problems import fingerprint
 from megatron_antisd.evaluation.statistics import summarise
 from megatron_antisd.evaluation.store import SampleStore, graded, store_path
+from megatron_antisd.evaluation.votes import final_vote
 from megatron_antisd.grading import GradingPool
-from megatron_antisd.grading.boxes import final_answer
 from megatron_antisd.grading.groups import grade_groups
 from megatron_antisd.inputs import Inputs
 from megatron_antisd.metrics import MetricsWriter
@@ -110,13 +110,8 @@ def build_evaluator(config: RunConfig, inputs: Inputs, engine: Engine, directory
 
 
 def _rows(group: RolloutGroup) -> list[dict[str, Any]]:
-    def vote(text: str) -> str | None:
-        """Programs have no final answer that could be counted."""
-        answer = None if group.problem.tests else final_answer(text)
-        return None if answer is None else answer.text
-
     return [{"problem_id": r.problem_id, "index": r.index, "reward": r.reward, "feedback": r.feedback, "truncated": r.truncated,
-             "tokens": len(r.response_ids), "answer": vote(r.text), "text": r.text}
+             "tokens": len(r.response_ids), "answer": final_vote(r.text, group.problem.tests), "text": r.text}
             for r in group.rollouts]
 
 

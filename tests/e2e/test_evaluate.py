@@ -64,6 +64,7 @@ def test_a_run_stores_every_sample_and_its_metrics_follow_from_them(world: World
         assert {f"{PREFIX}{key}" for key in ("low@4", "high@4", "pass@3", "pass_low@3", "pass_high@3")} <= row.keys()
 
 
+@pytest.mark.slow
 def test_checkpoints_exports_and_engines_agree(world: World, trained: Path) -> None:
     """The training checkpoint, its Hugging Face export on one rank and on two, through vLLM and the in-process engine: the same samples as the
     run's own evaluation, for the in-process engine; vLLM draws other numbers, so two of its ways are held against each other."""
@@ -111,3 +112,37 @@ def _merged(lines: list[str]) -> list[dict[str, Any]]:
     for row in map(json.loads, lines):
         merged.setdefault(row["step"], {}).update(row)
     return list(merged.values())
+
+
+def test_samples_are_graded_again_without_an_engine(world: World, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same answers give the same figures; corrected answers give others, in the samples and in the metrics."""
+    import shutil
+
+    from megatron_antisd.evaluation.regrade import main
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints", "hf"))
+    metrics = (run / "metrics.jsonl").read_text()
+    samples = {path: path.read_bytes() for path in run.glob("evaluations/*/*.jsonl")}
+    assert main([str(run), "--write"]) == 0
+    assert "0 of 32 rewards changed" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == metrics and all(path.read_bytes() == text for path, text in samples.items())
+
+    # Every problem's answer becomes what its first sample says, where that says anything.
+    corrected = []
+    for line in world.benchmark.read_text().splitlines():
+        row = json.loads(line)
+        first = next(s for s in read_samples(run / "evaluations/step_000000/held-out.jsonl")[1] if s["problem_id"] == row["id"])
+        corrected.append({**row, "answer": first["answer"] or row["answer"]})
+    (tmp_path / "corrected.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corrected))
+    other = tmp_path / "other.yaml"
+    other.write_text((run / "config.yaml").read_text().replace(str(world.benchmark), str(tmp_path / "corrected.jsonl")))
+    assert main([str(run), "--config", str(other), "--write"]) == 0
+    _, again = read_samples(run / "evaluations/step_000000/held-out.jsonl")
+    assert all(s["reward"] == 1.0 for s in again if s["index"] == 0 and s["answer"] is not None)
+    row = next(row for row in read_metrics(run / "metrics.jsonl") if row["step"] == 0)
+    assert row[f"{PREFIX}avg@4"] == pytest.approx(sum(s["reward"] for s in again) / len(again))
+    assert (run / "metrics.jsonl.before-regrading").read_text() == metrics
+
+    assert main([str(run), "--benchmark", "gone"]) == 1 and "the configuration has ['held-out']" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1 and "no configuration file" in capsys.readouterr().err
