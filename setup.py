@@ -10,6 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_antisd/__init__
 README = ROOT / "README.md"
 
 CORE = [
+    "datasets",  # reads data sets by their name on Hugging Face
     "einops",
     "jinja2",
     "math-verify==0.9.0",  # the grader's verdicts are tested case by case against this version
