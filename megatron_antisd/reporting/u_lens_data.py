@@ -23,7 +23,7 @@ from megatron_antisd.records import ScoredGroup, ScoredRollout
 
 QUANTUM = 1 / 4096  # nats
 LARGEST = 1e5  # nats; beyond it a rounded value would not fit into 32 bits
-SPECIAL = re.compile(r"<\|[^|<>]*\|>|<｜[^｜<>]*｜>|</?(?:s|pad|unk|bos|eos|think|tool_call|tool_response)>|")
+SPECIAL = re.compile(r"<\|[^|<>]*\|>|<｜[^｜<>]*｜>|</?(?:s|pad|unk|bos|eos|system|user|assistant|think|tool_call|tool_response)>|")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,6 +183,19 @@ def test_teachers_prompt_and_its_origin(browser: Browser, made: tuple[Path, Writ
     page.close()
 
 
+def test_tokens_of_words_stand_apart(browser: Browser, tmp_path: Path) -> None:
+    texts = Texts()
+    group = texts.group("words", 4, 40, 0.0)
+    write_scored(tmp_path / "rollouts", 1, "antisd", [group], lambda token: f"w{token}")
+    page = opened(browser, write_u_lens([tmp_path]))
+    assert page.evaluate("parseFloat(getComputedStyle(document.getElementById('t0')).marginRight)") > 3
+    page.evaluate("document.getElementById('student-prompt').open = true")
+    page.wait("document.querySelector('#student-prompt pre') !== null")
+    words = " ".join(f"w{token}" for token in group.rollouts[0].rollout.prompt_ids)
+    assert page.evaluate("document.querySelector('#student-prompt pre').textContent") == words
+    page.close()
+
+
 def test_filters_and_order(browser: Browser, made: tuple[Path, Written]) -> None:
     page = opened(browser, made[0])
     rows = [(step, group, scored) for step, groups in made[1].items() for group in groups for scored in group.rollouts]

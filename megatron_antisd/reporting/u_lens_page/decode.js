@@ -45,5 +45,7 @@ async function readData() {
   const about = await inflateText(raw.about);
   const special = new Set(about.tokens.special);
   const texts = new Map(about.tokens.ids.map((id, i) => [id, about.tokens.texts[i]]));
-  return { ...about, chunks: raw.chunks, vocabulary: { text: (id) => texts.get(id), isSpecial: (id) => special.has(id) } };
+  // A word-level tokenizer has no white space in its tokens: its decoder puts some between them, and so does the page.
+  const words = about.tokens.texts.length > 0 && !about.tokens.texts.some((text) => /\s/.test(text));
+  return { ...about, chunks: raw.chunks, vocabulary: { words, text: (id) => texts.get(id), isSpecial: (id) => special.has(id) } };
 }

@@ -47,6 +47,7 @@ class RolloutView {
   constructor(root, numbers, data) {
     Object.assign(this, { root, data, asked: 0 });
     this.tokens = element("div", { id: "tokens", tabIndex: 0, role: "group", "aria-label": "Response tokens; arrow keys move between them" });
+    if (data.vocabulary.words) this.tokens.className = "words";
     this.view = new TokenView(this.tokens, root, numbers, data.vocabulary);
   }
 

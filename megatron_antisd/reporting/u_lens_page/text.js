@@ -40,6 +40,7 @@ function promptNodes(vocabulary, ids, from, to) {
     if (i === to && place !== pre) { flush(); place = pre; }
     if (i === ids.length) break;
     const shown = shownText(vocabulary, ids[i]);
+    if (vocabulary.words && i) text += " ";
     if (vocabulary.isSpecial(ids[i])) { flush(); place.append(element("span", { class: "special" }, visible(shown))); }
     else text += shown;
   }
