@@ -1,4 +1,7 @@
-"""Is a response's boxed answer mathematically the reference answer? Extraction here, equivalence by Math-Verify.
+"""Is a response's boxed answer mathematically the reference answer?
+
+`boxes` finds the answer, `notation` takes typography away, `exact` decides numbers, words and choices, `structure`
+refuses what cannot be equal, and Math-Verify decides the rest, with what it is known to take wrongly checked again here.
 
 Math-Verify guards itself with SIGALRM, which raises outside the main thread and cannot interrupt C code. Its time-outs
 are off here; `megatron_antisd.grading.pool` gives real ones, by ending the process. Call these functions directly only
@@ -9,32 +12,35 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, Derivative, Expr, Float, Symbol, UnevaluatedExpr
+
+from megatron_antisd.grading.boxes import boxed_list, final_answer
+from megatron_antisd.grading.exact import exact_verdict
+from megatron_antisd.grading.notation import bare, key, normalised
+from megatron_antisd.grading.structure import MAX_DEPTH, contradiction, depth
+from megatron_antisd.grading.units import strip_unit
 
 # Without its own time-outs Math-Verify warns once a process that the caller must provide them; the pool does.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-THINKING_END = "</think>"
+MAX_PARSED_CHARACTERS = 1000
+"""Of a boxed answer or a gold that are handed to the parser, whose time grows faster than the length. A longer one is right only
+when it is the gold's own text."""
+MAX_SENTENCE_CHARACTERS = 10_000
+"""Of anything that are looked at: only the end of a longer sentence is read, and a longer box must be the gold's own text."""
+CACHED_EXPRESSIONS = 4096
+"""Parsed golds and answers that a process keeps: the rollouts of a group share their gold, and often their answer."""
+RELATIVE_TOLERANCE = 1e-5
+"""Of two numbers that the parser takes for equal because of its 6 decimals."""
 
-_BRACE_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
-_INTEGER = re.compile(r"([+-]?)0*(\d+)", re.ASCII)
-_DECIMAL = re.compile(r"[+-]?\d+(?:\.\d+)?", re.ASCII)
-# Beside a plain number, `1,000` and `1000,99` are one number; as LaTeX they would be lists of two.
-_COMMA_NUMBER = re.compile(r"[+-]?\d+(?:,\d+)+(?:\.\d+)?", re.ASCII)
-# What may stand between two boxes that together are one answer: `\boxed{2} \quad \text{and} \quad \boxed{6}`.
-_CONNECTIVE = re.compile(r"(?:\s|[$.,;&]|\\[\[\]()]|\\(?:qquad|quad|[,;:! ])|\\(?:text|mbox|textrm)\s*\{[^{}]*\}|\b(?:and|or)\b)*")
+_LATEX_ONLY = (LatexExtractionConfig(),)
 _DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\begin\{(?:align|equation|gather)|\\(?:boxed|fbox)\s*\{")
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_PROSE = re.compile(r"[^\W\d_]{3,}[:,]?\s+[^\W\d_]{2,}\s|[^\W\d_]{4,}:\s")
-
-
-class _Box(NamedTuple):
-    start: int
-    end: int
-    content: str
+_PROSE = re.compile(r"(?<![^\W\d_])(?:[^\W\d_]{3,}[:,]?\s+[^\W\d_]{2,}\s|[^\W\d_]{2,}'[a-z]+\s|[^\W\d_]{4,}:\s)")
 
 
 def grade(response: str, answer: str) -> float:
@@ -44,85 +50,90 @@ def grade(response: str, answer: str) -> float:
     Boxes that directly follow each other (joined by commas or "and") are also tried as one list, because that is how
     several solutions are often written; the list must then match as a whole. `answer` may be bare, in `$...$` or boxed.
     """
-    final = response.rpartition(THINKING_END)[2]
-    boxes = _boxes(final)
-    if not boxes:
+    found = final_answer(response)
+    if found is None:
         return 0.0
-    gold_boxes = _boxes(answer)
-    gold = ", ".join(box.content for box in gold_boxes) if gold_boxes else answer
-    if equivalent(boxes[-1].content, gold):
+    boxed = boxed_list(answer)
+    gold = answer if boxed is None else boxed
+    if _equal(found.text, gold, sentence=found.stated and len(found.text) <= MAX_PARSED_CHARACTERS):
         return 1.0
-    run = _last_run(final, boxes)
-    return float(len(run) > 1 and equivalent(", ".join(box.content for box in run), gold))
+    return float(found.joined is not None and _equal(found.joined, gold, sentence=False))
 
 
 def equivalent(prediction: str, gold: str) -> bool:
     """True when two expressions, with or without `$...$` but without a box, are mathematically equal.
 
     Not symmetric, as Math-Verify is not: `x = 5` matches the gold `5` and the other way round, but `5` does not match
-    the gold `2x + z = 5`. Two integers are compared digit by digit and never reach the parser.
+    the gold `2x + z = 5`. The prediction may be a sentence; its last formula or number is then its answer.
     """
-    prediction, gold = _bare(prediction), _bare(gold)
-    if not prediction or not gold:
+    return _equal(prediction, gold, sentence=True)
+
+
+def _equal(prediction: str, gold: str, *, sentence: bool) -> bool:
+    """`sentence`: an answer may be searched for within the prediction's words. Inside a box it may not."""
+    if len(gold) > MAX_SENTENCE_CHARACTERS or (len(prediction) > MAX_SENTENCE_CHARACTERS and not sentence):
+        return bool(gold.strip()) and prediction.strip() == gold.strip()
+    prediction = prediction[-MAX_SENTENCE_CHARACTERS:]
+    left, right = normalised(prediction), normalised(gold)
+    if not left or not right:
         return False
-    if prediction == gold:
+    if key(left) == key(right):
         return True
-    integers = _INTEGER.fullmatch(prediction), _INTEGER.fullmatch(gold)
-    if integers[0] and integers[1]:
-        # Exact at any length: the parser's numeric comparison keeps 15 digits, and int() refuses more than 4300.
-        return _integer_key(integers[0]) == _integer_key(integers[1])
-    if not (_DECIMAL.fullmatch(gold) and _COMMA_NUMBER.fullmatch(prediction)):
-        gold, prediction = _as_math(gold), _as_math(prediction)
-    parsed_gold, parsed_prediction = parse(gold, parsing_timeout=None), parse(prediction, parsing_timeout=None)
-    return bool(verify(parsed_gold, parsed_prediction, timeout_seconds=None))
+    verdict = exact_verdict(left, right)
+    if verdict is not None:
+        return verdict
+    if sentence and _is_prose(left):
+        return _any_same(_parsed(right, True), _parsed(bare(prediction), True))
+    return parsed_equal(left, right)
 
 
-def _boxes(text: str) -> list[_Box]:
-    """Every complete `\\boxed{...}` in the order of its beginning; one pass, braces may nest and may be escaped."""
-    found: list[_Box] = []
-    open_braces: list[tuple[int, int] | None] = []  # (start of the command, start of the content), None for a plain brace
-    for token in _BRACE_TOKEN.finditer(text):
-        if token[0] == "}":
-            opened = open_braces.pop() if open_braces else None
-            if opened is not None:
-                found.append(_Box(opened[0], token.end(), text[opened[1] : token.start()].strip()))
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            open_braces.append((token.start(), token.end()))
-    return sorted(found)
+def parsed_equal(prediction: str, gold: str) -> bool:
+    """The verdict on two normalised answers by structure and parser alone, without the fast paths."""
+    if max(len(prediction), len(gold)) > MAX_PARSED_CHARACTERS or max(depth(prediction), depth(gold)) > MAX_DEPTH:
+        return False
+    return not contradiction(prediction, gold) and _any_same(_parsed(gold, True), _parsed(prediction, False))
 
 
-def _last_run(text: str, boxes: list[_Box]) -> list[_Box]:
-    """The boxes at the end of the list between which only connectives stand."""
-    run = [boxes[-1]]
-    for box in reversed(boxes[:-1]):
-        if box.end > run[0].start or not _CONNECTIVE.fullmatch(text, box.end, run[0].start):
-            break
-        run.insert(0, box)
-    return run
+def _any_same(golds: tuple[Any, ...], predictions: tuple[Any, ...]) -> bool:
+    return any(_same(one, other) for one in golds for other in predictions)
 
 
-def _bare(text: str) -> str:
-    """Without one pair of math delimiters around the whole, and with every run of white space as one space."""
-    text = " ".join(text.split())
-    for opening, closing in _WRAPPERS:
-        inner = text[len(opening) : -len(closing)]
-        if text != opening + inner + closing:
-            continue
-        # `$1$ and $2$` begins and ends with a delimiter too, but is two formulas; `\$` inside is only money.
-        if opening not in inner.replace(r"\$", ""):
-            return inner.strip()
-    return text
+@lru_cache(maxsize=CACHED_EXPRESSIONS)
+def _parsed(text: str, sentence: bool) -> tuple[Any, ...]:
+    """What Math-Verify reads in a normalised answer: at most one expression and its text."""
+    if _is_prose(text):
+        return tuple(parse(text, parsing_timeout=None)) if sentence else ()
+    # As LaTeX or not at all: where that fails, the parser would look for any number in it.
+    return tuple(parse(f"${strip_unit(text)}$", extraction_config=_LATEX_ONLY, parsing_timeout=None))
 
 
-def _integer_key(match: re.Match[str]) -> tuple[bool, str]:
-    digits = match[2]
-    return match[1] == "-" and digits != "0", digits
+def _is_prose(text: str) -> bool:
+    return bool(_DELIMITED.search(text) or _PROSE.search(_TEXT_COMMAND.sub(" ", text)))
 
 
-def _as_math(text: str) -> str:
-    """The text as Math-Verify should see it: a bare expression becomes `$...$`, text around formulas stays as it is."""
-    if _DELIMITED.search(text) or _PROSE.search(_TEXT_COMMAND.sub(" ", text)):
-        return text
-    return f"${text}$"
+def _same(gold: Any, prediction: Any) -> bool:
+    if isinstance(gold, Basic) and isinstance(prediction, Basic):
+        if _derivatives(gold) != _derivatives(prediction) or _numerically_apart(gold, prediction):
+            return False
+    return bool(verify([gold], [prediction], timeout_seconds=None))
+
+
+def _derivatives(expression: Basic) -> set[Basic]:
+    """`dy/dx` of two plain variables: evaluated, it would be 0, whatever the variables."""
+    return {found for found in expression.atoms(Derivative) if isinstance(found.expr, Symbol)}
+
+
+def _numerically_apart(gold: Basic, prediction: Basic) -> bool:
+    """Two constants, or two expressions at one point, whose values are surely not the same: no need to simplify."""
+    if not isinstance(gold, Expr) or not isinstance(prediction, Expr) or gold.is_Symbol or prediction.is_Symbol:
+        return False
+    if gold.has(UnevaluatedExpr) or prediction.has(UnevaluatedExpr):
+        return False  # percentages, which the parser takes for their number as well
+    symbols = sorted(gold.free_symbols | prediction.free_symbols, key=str)
+    point = {symbol: Float(0.37 + 0.61803 * place) for place, symbol in enumerate(symbols)}
+    try:
+        values = [complex(one.doit().subs(point).evalf()) for one in (gold, prediction)]
+        # False for nan as well.
+        return abs(values[0] - values[1]) > RELATIVE_TOLERANCE * max(map(abs, values))
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
+        return False  # no number at this point: the parser decides

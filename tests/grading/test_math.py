@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from megatron_antisd.grading.math import equivalent, grade
+from megatron_antisd.grading.math import MAX_PARSED_CHARACTERS, equivalent, grade
 
 GRADED = [
     # response, answer, reward
@@ -46,6 +43,16 @@ GRADED = [
     (r"\boxed{3, 5}", "5", 0.0),
     (r"\boxed{3 \text{ or } 5}", "5", 0.0),
     (r"\boxed{3}", "3, 5", 0.0),
+    # the closing sentence of the Minerva prompt behind the last box, and only there
+    (r"\boxed{255}. Final Answer: The final answer is $10,455$. I hope it is correct.", "10455", 1.0),
+    (r"\boxed{255}. Final Answer: The final answer is $10,455$. I hope it is correct.", "255", 0.0),
+    (r"The final answer is $5$. I hope it is correct. No: \boxed{3}", "3", 1.0),
+    ("Final Answer: The final answer is $5$. I hope it is correct.", "5", 0.0),
+    # within a box nothing is searched for
+    (r"\boxed{def f(): return 5}", "5", 0.0),
+    (r"\boxed{not 5 but 6 in the end}", "6", 0.0),
+    (r"\boxed{\text{not } 5}", "5", 0.0),
+    (r"\boxed{The answer is: 5}", "5", 1.0),
 ]
 
 EQUAL = [
@@ -55,6 +62,16 @@ EQUAL = [
     (r"5\text{ cm}", "5"), (r"5\ \mathrm{m/s}", "5"), (r"90^\circ", "90"), (r"\$18", "18"), (r"10\%", "10"),
     ("x^2+2x+1", "(x+1)^2"), ("x = 5", "5"), ("5", "x = 5"), (r"\text{A}", "A"), (r"\textbf{(B)}", "B"),
     ("1,234,567", "1234567"), ("1000,99", "1000.99"), ("007", "7"), ("-0", "0"), ("+3", "3"),
+    # multiple choice
+    ("(A)", "A"), ("A.", r"\text{(A)}"), ("option A", "A"), (r"\text{Choice A}", "(A)"), (r"\textbf{(B)}\ 12", "B"), ("C) 7", "C"),
+    # numbers
+    ("1.6e-19", r"1.6 \times 10^{-19}"), (r"3\cdot10^8", "3e8"), ("10^4", "10000"), (r"1\frac{4}{5}", "9/5"), ("1 4/5", "1.8"),
+    ("-1./3", r"-\frac13"), (r"23{,}000", "23000"), (r"1\,000", "1000"), ("€5", "5"), ("5 cm", "5"),
+    ("237.5", r"237.5\%"), (r"0.5", r"50\%"), (r"50\%", "50"), ("3−2", "1"), ("2√3", r"\sqrt{12}"), ("90°", r"90^\circ"),
+    # units, words, lists, matrices
+    (r"5\text{ centimeters}", r"5\ \mathrm{cm}"), (r"15\text{ square cm}", r"15\mbox{ cm}^2"), ("EVEN", r"\text{even}"),
+    (r"\text{H, E}", "E, H"), (r"3 - 2\sqrt{2}, 3 + 2\sqrt{2}", r"3 \pm 2\sqrt{2}"), (r"\left(3,\tfrac12\right)", "(3, 0.5)"),
+    (r"\begin{bmatrix}1&2\\ 3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"), ("7:32", r"7 : 32"), (r"\frac34.", "3/4"),
     (r"\binom{5}{2}", "10"), (r"\log_2 8", "3"), ("0.333333", "1/3"), ("2^{10}", "1024"), (r"5x-7y=2", "7y-5x=-2"),
 ]  # fmt: skip
 
@@ -71,6 +88,12 @@ UNEQUAL = [
     ("(2,1)", "(1,2)"), ("(0,1]", "[0,1)"), ("(1,2)", "(1,2,3)"), ("x < 3", r"x \le 3"), ("x > 3", "x < 3"),
     (r"\{1,2\}", r"\{1,3\}"), ("32, 349", "32349"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"), ("4:3", "3:4"),
+    # what Math-Verify 0.9 takes for equal
+    ("[1,2,3]", "(1,2,3)"), (r"\{3, 4\}", "(3, 4)"), ("(3,5]", "(3,5)"), ("1,1,2", "1,2"), ("1 2", "3"), ("2e-8", "1e-8"), ("0.0000001", "0.0000002"),
+    ("52", "52_8"), ("52_9", "52_8"), (r"5\text{ km}", r"5\text{ cm}"), (r"15\text{ cm}^3", r"15\text{ cm}^2"), (r"5\%", "0.5"), (r"0.5\%", "0.5"),
+    (r"\frac{d t}{d x}=k x-a", r"\frac{d x}{d t}=k x-a"), (r"\hbar \omega(v-1 / 2)", r"\hbar \omega(v+1 / 2)"), (r"\text{CBAD}", r"\text{ABCD}"),
+    ("3 + 2", "3, 2"), ("5, 977", "5"), (r"3 + 2\sqrt{2}", r"3 \pm 2\sqrt{2}"), ("(A) or (B)", "A"), ("(B)", "A"), ("A, B", "A"),
+    (r"\infty", "5"), (r"1/0", "5"),
     # no answer at all
     ("", "5"), ("5", ""), ("$$", "5"), ("!!!", "5"), (r"\frac{", "5"), ("}{", "5"),
 ]  # fmt: skip
@@ -101,6 +124,55 @@ def test_many_unclosed_boxes_take_linear_time() -> None:
     assert time.monotonic() - start < 2  # about 0.05 s; a scan from every box would take minutes
 
 
+HOSTILE = {
+    "a megabyte of digits": "7" * 1_000_000, "a megabyte of letters": "x" * 1_000_000, "a megabyte of words": "answer is 5 " * 90_000,
+    "a megabyte of dots": "." * 1_000_000, "100,000 open braces": "{" * 100_000, "nested braces": "{" * 100_000 + "5" + "}" * 100_000,
+    "nested roots": r"\sqrt{" * 50_000 + "5" + "}" * 50_000,
+    "nested brackets": "(" * 400 + "5" + ")" * 400, "deep but short": "{" * 40 + "5" + "}" * 40,
+    "zero bytes": "\x00" * 1000 + "6", "surrogates": "\ud800", "right to left": "\u202e5", "emoji": "5 🙂🙂", "backslashes": "\\" * 100_000,
+    "dollars": "$" * 100_000, "code": "import os\nos._exit(3)\nprint(5)", "unclosed": r"\frac{1}{",
+    "no command": r"\nosuchcommand{5}", "division": r"\frac{5}{0}",
+    "undefined": r"0^{-1}", "markup": "<b>6</b>", "formats": "%s{}{0}", "newlines": "\n" * 100_000 + "6",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answers_are_a_verdict_in_linear_time(name: str) -> None:
+    """All are bounded before the parser; a second is ten times what the slowest takes on a quiet machine."""
+    start = time.process_time()
+    assert grade(rf"\boxed{{{HOSTILE[name]}}}", "5") == 0.0
+    assert grade(HOSTILE[name], "5") == 0.0
+    equivalent(HOSTILE[name], "5")  # a sentence of these may well end in 5
+    assert equivalent("5", HOSTILE[name]) is False
+    assert time.process_time() - start < 6
+
+
+@pytest.mark.parametrize("unit", [r"\boxed{1}", r"\boxed{1}, ", r"\text{a}", "I hope it is correct", "inal answer is", "</think>", "$", "{}"])
+def test_long_responses_take_linear_time(unit: str) -> None:
+    start = time.process_time()
+    grade(unit * 30_000 + r" \boxed{5}", "5")
+    assert time.process_time() - start < 3
+
+
+def test_nested_boxes_need_no_copies() -> None:
+    """Each of 20,000 boxes inside the other, all complete: their contents together would be 3 GB."""
+    assert grade(r"\boxed{" * 20_000 + "5" + "}" * 20_000, "5") == 1.0
+
+
+def test_a_long_answer_is_right_only_as_the_gold_itself() -> None:
+    long = " + ".join(f"x_{{{place}}}" for place in range(400))
+    assert len(long) > MAX_PARSED_CHARACTERS
+    assert grade(rf"\boxed{{{long}}}", long) == 1.0
+    assert grade(rf"\boxed{{{long} + 0}}", long) == 0.0
+
+
+def test_a_sentence_is_searched_by_equivalent_only() -> None:
+    assert equivalent("so we find that the number is 12.", "12") is True
+    assert equivalent("so we find that the number is 12.", "13") is False
+    assert equivalent("word " * 5000 + "so we find that the number is 12.", "12") is True  # only its end is read
+    assert grade(r"\boxed{so we find that the number is 12.}", "12") == 0.0
+
+
 def test_works_in_a_thread() -> None:
     """Math-Verify's own time-outs raise outside the main thread."""
     rewards: list[float] = []
@@ -108,18 +180,3 @@ def test_works_in_a_thread() -> None:
     thread.start()
     thread.join(30)
     assert rewards == [1.0]
-
-
-@pytest.mark.skipif("ANTISD_DATA" not in os.environ, reason="needs ANTISD_DATA: the folder with goldens/grader_cases.dev.jsonl")
-def test_agrees_with_the_public_cases() -> None:
-    lines = (Path(os.environ["ANTISD_DATA"]) / "goldens" / "grader_cases.dev.jsonl").read_text().splitlines()
-    cases = [case for case in map(json.loads, lines) if case["tier"] == "core" and not case["suspect_label"]]
-    wrong = []
-    for case in cases:
-        prediction, gold = case["prediction"], case["gold"]
-        got = grade(prediction, gold) == 1.0 if r"\boxed" in prediction else equivalent(prediction, gold)
-        if got != case["expected_equal"]:
-            wrong.append(case["id"])
-    # Two responses state another answer after their last box, or break the box's braces: not an answer here.
-    assert len(cases) >= 100
-    assert len(wrong) <= 2, wrong
