@@ -118,10 +118,10 @@ class GradingConfig(Section):
     """Address space of a grader process; None sets no limit (a function that loads CUDA reserves far more than it uses)."""
     function: str | None = None
     """Dotted path `package.module:function(response, answer) -> float` instead of the project's graders; it may return (float, feedback) too."""
-    code_seconds: float = Field(20.0, gt=0)
+    code_seconds: float = Field(60.0, gt=0)
     """Wall clock of one program over all its tests; those it has not passed by then count as failed."""
     case_seconds: float = Field(5.0, gt=0)
-    """Wall clock of one test of a program."""
+    """Wall clock of one test of a program; after the third that takes longer the rest is not tried and counts as failed."""
     code_memory_bytes: int = Field(1 << 30, ge=1 << 27)
     """Address space of a program."""
     sandbox: Literal["auto", "bubblewrap", "builtin", "limits"] = "auto"

@@ -15,7 +15,14 @@ from megatron_antisd.grading.compare import COMPARISONS, matches, same_text
 from megatron_antisd.grading.encoding import Opaque, decode
 from megatron_antisd.grading.extraction import extract_program
 from megatron_antisd.grading.literals import parse_literal
-from megatron_antisd.grading.sandbox import MAX_OUTPUT_BYTES, Sandbox, SandboxEndedError, SandboxSettings, SandboxTimeoutError, start_sandbox
+from megatron_antisd.grading.sandbox import (
+    MAX_OUTPUT_BYTES,
+    Sandbox,
+    SandboxEndedError,
+    SandboxSettings,
+    SandboxTimeoutError,
+    start_sandbox,
+)
 from megatron_antisd.grading.verdict import NO_PROGRAM, OUT_OF_TIME, GradingError, Verdict
 from megatron_antisd.records import CodeTests
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from _json import encode_basestring_ascii as quote
 
+TOO_LARGE = "value that is too large"
 MAX_DEPTH = 100
 MAX_NODES = 500_000
-MAX_CHARACTERS = 8 << 20
+MAX_CHARACTERS = 4 << 20
 _SMALL_INTEGER = 1 << 63
 
 
@@ -72,7 +73,7 @@ _COLLECTIONS = {"l": list, "t": tuple, "s": set, "f": frozenset}
 def _write(value: object, parts: list[str], left: list[int], depth: int) -> None:
     left[0] -= 1
     if left[0] < 0 or depth < 0:
-        raise NotComparableError("too large" if depth >= 0 else "nested too deeply")
+        raise NotComparableError(TOO_LARGE if depth >= 0 else "value nested too deeply")
     kind = type(value)
     if value is None:
         text = "null"
@@ -92,7 +93,7 @@ def _write(value: object, parts: list[str], left: list[int], depth: int) -> None
         text = _rare(value, kind)
     left[1] -= len(text) + 1
     if left[1] < 0:
-        raise NotComparableError("too large")
+        raise NotComparableError(TOO_LARGE)
     parts.append(text)
 
 

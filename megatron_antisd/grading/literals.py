@@ -39,7 +39,7 @@ def to_literal(value: Any) -> str:
     if kind is dict:
         return "{" + ", ".join(f"{to_literal(key)}: {to_literal(item)}" for key, item in value.items()) + "}"
     if kind in (set, frozenset):
-        inner = "{" + ", ".join(map(to_literal, value)) + "}"
+        inner = "{" + ", ".join(sorted(map(to_literal, value))) + "}"
         if kind is set:
             return inner if value else "set()"
         return f"frozenset({inner if value else ''})"

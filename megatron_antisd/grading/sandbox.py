@@ -79,7 +79,7 @@ class SandboxSettings:
 
     mode: str
     """`bubblewrap`, `builtin` or `limits`."""
-    seconds: float = 20.0
+    seconds: float = 60.0
     """Wall clock of one program over all its tests."""
     case_seconds: float = 5.0
     """Wall clock of one test, kept by a timer inside that a hostile program can switch off: `seconds` bounds it then."""
@@ -238,11 +238,15 @@ def _config(settings: SandboxSettings, user: int | None, scratch: str | None) ->
     links, binds = shown()
     limits = {
         "RLIMIT_CPU": (cpu, cpu + 1), "RLIMIT_AS": (settings.memory_bytes,) * 2, "RLIMIT_FSIZE": (SCRATCH_BYTES,) * 2,
-        "RLIMIT_NOFILE": (OPEN_FILES,) * 2, "RLIMIT_NPROC": (_processes(settings.mode, user),) * 2, "RLIMIT_CORE": (0, 0), "RLIMIT_MEMLOCK": (0, 0), "RLIMIT_MSGQUEUE": (0, 0),
+        "RLIMIT_NOFILE": (OPEN_FILES,) * 2, "RLIMIT_NPROC": (_processes(settings.mode, user),) * 2,
+        "RLIMIT_CORE": (0, 0), "RLIMIT_MEMLOCK": (0, 0), "RLIMIT_MSGQUEUE": (0, 0),
         "RLIMIT_STACK": (STACK_BYTES,) * 2,
     }  # fmt: skip
-    return {"mode": settings.mode, "user": user, "limits": limits, "links": links, "binds": binds, "scratch": scratch or SCRATCH,
-            "scratch_bytes": SCRATCH_BYTES, "packages": _packages(), "guard": filters and filters[0], "program": filters and filters[1]}
+    return {
+        "mode": settings.mode, "parent": os.getpid(), "user": user, "limits": limits, "links": links, "binds": binds,
+        "scratch": scratch or SCRATCH, "scratch_bytes": SCRATCH_BYTES, "packages": _packages(),
+        "guard": filters and filters[0], "program": filters and filters[1],
+    }  # fmt: skip
 
 
 def _processes(mode: str, user: int | None) -> int:

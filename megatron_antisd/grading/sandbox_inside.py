@@ -26,8 +26,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def enter(config: dict) -> None:
     """Shut this process in. In mode `builtin` the caller goes on in a child, process 1 of a PID namespace; the parent waits for it."""
     user = config["user"]
+    if config["mode"] not in ("bubblewrap", "builtin", "limits"):
+        raise ValueError(f"unknown mode {config['mode']!r} of a sandbox")
     if config["mode"] == "builtin":
-        _own_namespaces(mapped=user is None)
+        _own_namespaces(config["parent"], mapped=user is None)
         _own_root(config)
     elif config["mode"] == "limits":
         os.chdir(config["scratch"])
@@ -54,13 +56,16 @@ def add_filter(program: bytes) -> None:
     _control(_PR_SET_SECCOMP, 2, ctypes.byref(Filter(len(program) // 8, program)))
 
 
-def _own_namespaces(mapped: bool) -> None:
+def _own_namespaces(parent: int, mapped: bool) -> None:
     outside = os.getuid(), os.getgid()
     _check(_libc.unshare(_NEW_NAMESPACES | (_NEW_USER if mapped else 0)), "unshare")
     if mapped:
         for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {outside[0]} 1"), ("gid_map", f"65534 {outside[1]} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
+    _control(_PR_SET_PDEATHSIG, _SIGKILL)  # of the watcher, which does not pass it on
+    if os.getppid() != parent:
+        os._exit(1)  # the trusted side died before that
     child = os.fork()
     if child == 0:
         return

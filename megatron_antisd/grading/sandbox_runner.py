@@ -26,6 +26,9 @@ from megatron_antisd.grading.encoding import encode, quote
 from megatron_antisd.grading.sandbox_inside import add_filter, enter
 
 MAX_MESSAGE = 300
+MAX_LATE = 3
+"""Cases that may run out of time before the rest is given up: a program that hangs must not cost the time of all of them."""
+OUT_OF_TIME = "out of time"
 _OURS = "megatron_antisd"
 
 
@@ -93,7 +96,7 @@ def main(config: dict) -> None:
 
 
 def _on_alarm(number: int, frame: object) -> None:
-    raise CaseTimeout("out of time")
+    raise CaseTimeout(OUT_OF_TIME)
 
 
 def _timed(seconds: float, call: object, *arguments: object) -> object:
@@ -142,24 +145,30 @@ def _find(namespace: dict, name: str) -> object:
 def _run_function(wire: _Wire, job: dict, config: dict) -> None:
     function = _load(wire, job)
     if function is not None:
+        late = 0
         for index, arguments in enumerate(job["inputs"]):
-            _one(wire, index, job["seconds"], function, arguments, {})
+            late += _one(wire, index, job["seconds"], function, arguments, {})
+            if late == MAX_LATE:
+                return
 
 
 def _run_calls(wire: _Wire, job: dict, config: dict) -> None:
     function = _load(wire, job)
-    while function is not None:
+    late = 0
+    while function is not None and late < MAX_LATE:
         arguments, keywords = wire.receive()
-        _one(wire, 0, job["seconds"], function, arguments, keywords)
+        late += _one(wire, 0, job["seconds"], function, arguments, keywords)
 
 
-def _one(wire: _Wire, index: int, seconds: float, function: object, arguments: object, keywords: dict) -> None:
+def _one(wire: _Wire, index: int, seconds: float, function: object, arguments: object, keywords: dict) -> bool:
+    """One call; returns whether it ran out of time."""
     try:
         text = _timed(seconds, lambda: encode(function(*arguments, **keywords)))
     except BaseException as error:  # noqa: B036  (whatever the program raises is this case's failure)
         wire.failed(index, error)
-    else:
-        wire.send(f'["case",{index},{text}]')
+        return isinstance(error, CaseTimeout)
+    wire.send(f'["case",{index},{text}]')
+    return False
 
 
 def _run_assertions(wire: _Wire, job: dict, config: dict) -> None:
@@ -206,8 +215,12 @@ def _run_program(wire: _Wire, job: dict, config: dict) -> None:
         wire.send(f'["broken",{quote(_describe(error))}]')
         return
     wire.send('["loaded"]')
+    late = 0
     for index, text in enumerate(job["inputs"]):
+        if late == MAX_LATE:
+            return
         output, why = _one_input(code, job, text, config, wire)
+        late += why == OUT_OF_TIME
         wire.send(f'["case",{index},{quote(output)}]' if why is None else f'["failed",{index},{quote(why)}]')
 
 
@@ -227,7 +240,7 @@ def _one_input(code: object, job: dict, text: str, config: dict, wire: _Wire) ->
     parts, room, deadline, why = [], job["output_bytes"], time.monotonic() + job["seconds"], None
     while True:
         if not select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            why = "out of time"
+            why = OUT_OF_TIME
             break
         part = os.read(reading, 1 << 16)
         if not part:
@@ -240,7 +253,7 @@ def _one_input(code: object, job: dict, text: str, config: dict, wire: _Wire) ->
     os.close(reading)
     status = _end(child, deadline if why is None else 0.0)
     if why is None and status != 0:
-        why = f"ended with exit code {status}" if status is not None else "out of time"
+        why = f"ended with exit code {status}" if status is not None else OUT_OF_TIME
     return b"".join(parts).decode("utf-8", "replace"), why
 
 
