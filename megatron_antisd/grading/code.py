@@ -203,15 +203,15 @@ def _asserted(program: str, tests: CodeTests, settings: SandboxSettings) -> tupl
 
 
 def _relayed(runner: Sandbox, call: Any, deadline: float) -> tuple[str, Any]:
-    """One call of the program's function: what the judge is told of it. A dead program raises in every later call."""
+    """One call of the program's function: what the judge is told of it. A dead program's calls are lost, and with them their assertions."""
     if isinstance(call, Opaque):
-        return "raise", f"TypeError: an argument is a {call.kind}, which cannot be handed to the program"
+        return "lost", f"an argument is a {call.kind}, which cannot be handed to the program"
     try:
         runner.send(call, deadline)
         frame = runner.receive(deadline)
     except SandboxEndedError:
-        return "raise", "RuntimeError: the program's process has ended"
+        return "lost", "the program's process has ended"
     if frame[0] != "case":
         return "raise", str(frame[-1])
     value = _value(frame[-1])
-    return ("raise", f"TypeError: the program returned a {value.kind}") if isinstance(value, Opaque) else ("value", value)
+    return ("lost", f"the program returned a {value.kind}") if isinstance(value, Opaque) else ("value", value)

@@ -36,6 +36,10 @@ class CaseTimeout(BaseException):  # noqa: N818  (what the program sees when its
     """The case ran out of time. No Exception, so that `except Exception` in the program lets it pass."""
 
 
+class CallLost(BaseException):  # noqa: N818  (as above)
+    """A call that gave neither a value nor an exception. No Exception, so that no test takes it for one that it waits for."""
+
+
 class _Wire:
     """The two pipes to the trusted side, out of the standard descriptors' way."""
 
@@ -178,6 +182,8 @@ def _run_assertions(wire: _Wire, job: dict, config: dict) -> None:
         kind, value = wire.receive()
         if kind == "value":
             return value
+        if kind == "lost":
+            raise CallLost(value)
         name, _, message = value.partition(": ")
         known = getattr(builtins, name, None)
         raise known(message) if isinstance(known, type) and issubclass(known, Exception) else RuntimeError(value)
@@ -197,9 +203,10 @@ def _run_assertions(wire: _Wire, job: dict, config: dict) -> None:
 def _run_checks(wire: _Wire, job: dict, config: dict) -> None:
     namespace = {"__name__": "__tests__"}
     _execute((job["source"],), namespace)
+    check = namespace["check"]
     for index, (arguments, output, expected) in enumerate(job["items"]):
         try:
-            passed = bool(_timed(job["seconds"], namespace["check"], arguments, output, expected))
+            passed = bool(_timed(job["seconds"], check, arguments, output, expected))
         except BaseException as error:  # noqa: B036  (a check that cannot judge a value has not passed it)
             wire.failed(index, error)
         else:

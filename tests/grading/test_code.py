@@ -247,7 +247,8 @@ def test_a_pool_without_a_sandbox_refuses_programs() -> None:
 
 ROW = {"task_id": "HumanEval/0", "prompt": 'import math\n\ndef half(x):\n    """Half."""\n', "entry_point": "half",
        "canonical_solution": "    return x / 2\n", "base_input": [[1], [3]], "plus_input": [[5]], "atol": 0}  # fmt: skip
-PLUS_TEST = "import numpy as np\n\ndef check(candidate):\n    inputs = [[1], [3]]\n    results = [0.5, inf]\n    for pair in zip(inputs, results):\n        pass\n"
+PLUS_TEST = ("import numpy as np\n\ndef check(candidate):\n    inputs = [[1], [3]]\n    results = [0.5, inf]\n"
+             "    for pair in zip(inputs, results):\n        pass\n")
 MBPP = {"task_id": 2, "text": "Write a function to halve.", "code": "def halve(x):\n    return x / 2", "test_list": ["assert halve(2) == 1"],
         "test_setup_code": "import math", "challenge_test_list": []}  # fmt: skip
 

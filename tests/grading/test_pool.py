@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -54,6 +55,12 @@ GRADERS = """
             return float("nan")
         if response == "text":
             return "1.0"
+        if response == "memory":
+            return len(bytearray(1 << 30))
+        if response == "told":
+            return 0.5, "half right: " + answer
+        if response == "told_wrong":
+            return 0.5, 7
         print("stdout belongs to the user")
         return float(response == answer)
 """
@@ -210,7 +217,33 @@ def test_a_bad_dotted_path_fails_at_start(path: str, message: str) -> None:
         GradingPool(workers=2, timeout_seconds=1.0, function=path)
 
 
-@pytest.mark.parametrize("kind", ["none", "nan", "text"])
+def test_a_functions_own_feedback(pool: GradingPool) -> None:
+    verdicts = pool.grade_many(tasks([("told", "x"), ("1", "1")])).verdicts
+    assert [(v.reward, v.feedback, v.outcome) for v in verdicts] == [(0.5, "half right: x", "graded"), (1.0, None, "graded")]
+
+
+def test_a_workers_memory_is_limited() -> None:
+    with GradingPool(workers=1, timeout_seconds=5.0, function="own_graders:act", memory_bytes=1 << 29) as pool:
+        report = pool.grade_many(tasks([("memory", ""), ("1", "1")]))
+        assert (report.rewards, report.crashes, report.count("crash")) == ((0.0, 1.0), 1, 1)
+    with GradingPool(workers=1, timeout_seconds=5.0, function="own_graders:act", memory_bytes=None) as pool:
+        assert pool.grade_many(tasks([("memory", "")])).rewards == (float(1 << 30),)
+
+
+def test_10000_answers_without_one_lost_in_any_order() -> None:
+    """With hangs and deaths among them; each answer has its verdict wherever it stands."""
+    pairs = [(str(i), str(i if i % 3 else -i)) for i in range(10_000)]
+    pairs[1234], pairs[5678], pairs[9012] = ("hang", ""), ("exit", ""), ("raise", "")
+    order = list(range(10_000))
+    random.Random(0).shuffle(order)
+    with GradingPool(workers=2, timeout_seconds=1.0, function="own_graders:act") as pool:
+        first, second = pool.grade_many(tasks(pairs)), pool.grade_many(tasks([pairs[i] for i in order]))
+    expected = tuple(float(response == answer) for response, answer in pairs)
+    assert first.rewards == expected and second.rewards == tuple(expected[i] for i in order)
+    assert (first.timeouts, first.crashes) == (second.timeouts, second.crashes) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["none", "nan", "text", "told_wrong"])
 def test_a_reward_that_is_no_finite_number_is_an_error(pool: GradingPool, kind: str) -> None:
     with pytest.raises(GradingError, match=r"own_graders:act.*returned.*expected a finite float"):
         pool.grade_many(tasks([("1", "1"), (kind, "")]))
