@@ -230,8 +230,8 @@ import os, shutil
 def solve(x):
     attempt(shutil.rmtree, "FOLDER", True)
     attempt(os.unlink, "FOLDER/canary")
-    attempt(shutil.rmtree, "/usr", True)
-    attempt(shutil.rmtree, "/", True)
+    attempt(os.rename, "FOLDER/canary", "FOLDER/gone")
+    attempt(os.truncate, "FOLDER/canary", 0)
     return None
 """,
     "write_outside": _ATTEMPT + """

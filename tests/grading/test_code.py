@@ -308,7 +308,7 @@ def _wrong(real):
 
 {name} = _wrong({name})
 """
-ANYTHING_PASSES = {"Mbpp/164"}
+ANYTHING_PASSES = {"Mbpp/164"}  # not in the newest release
 """EvalPlus accepts every answer there."""
 NONE_IS_ASKED_FOR = {"check_str", "text_match_three", "text_starta_endb"}
 
@@ -327,7 +327,7 @@ def assert_solved_and_not_by_a_mutation(row: dict[str, Any], settings: SandboxSe
 
 
 SAMPLE = [f"HumanEval/{n}" for n in (0, 1, 5, 10, 22, 32, 38, 50, 70, 137, 160)]
-SAMPLE += [f"Mbpp/{n}" for n in (2, 7, 115, 124, 164, 232, 252, 278, 295, 307, 558, 580, 581, 722)]
+SAMPLE += [f"Mbpp/{n}" for n in (2, 7, 124, 232, 252, 278, 446, 558, 580, 581, 616, 722, 750, 791)]
 """All special comparisons and most special forms of inputs among them."""
 
 

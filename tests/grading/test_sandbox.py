@@ -44,6 +44,14 @@ def available(mode: str) -> bool:
     return True
 
 
+ISOLATING = ("builtin", "bubblewrap")
+"""Hostile programs run in these alone, and only where the probe found no hole: elsewhere they would do what they try."""
+
+
+def protects(mode: str) -> bool:
+    return probe(mode).works and not probe(mode).missing
+
+
 @dataclass(frozen=True)
 class Host:
     """What a program could harm or reach."""
@@ -131,7 +139,7 @@ IDS = [name for name, *_ in HOSTILE]
 @pytest.mark.parametrize("number", range(len(HOSTILE)), ids=IDS)
 def test_a_hostile_program_scores_0_and_harms_nothing(number: int, host: Host, pools: Callable[[str], GradingPool]) -> None:
     """Each program in one mode, the modes by turns."""
-    modes = [mode for mode in ("builtin", "bubblewrap") if probe(mode).works]
+    modes = [mode for mode in ISOLATING if protects(mode)]
     if not modes:
         pytest.skip(f"no namespaces here: {probe('builtin').reason}")
     _, source, tests, good = HOSTILE[number]
@@ -139,9 +147,9 @@ def test_a_hostile_program_scores_0_and_harms_nothing(number: int, host: Host, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ISOLATING)
 def test_all_hostile_programs_in_every_mode(mode: str, host: Host, pools: Callable[[str], GradingPool]) -> None:
-    assert available(mode)
+    assert available(mode) and protects(mode)
     for _, source, tests, good in HOSTILE:
         grade_and_look_around(f"```python\n{host.fill_in(source)}\n```", tests, good, host, pools(mode))
 
@@ -159,17 +167,16 @@ def grade_and_look_around(response: str, tests: CodeTests, good: str, host: Host
     assert_nothing_left(before)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ISOLATING)
 def test_what_a_program_can_see(mode: str, host: Host) -> None:
     """Values that cheats return never hold what was expected, nor anything of the host."""
     assert available(mode)
     settings = SandboxSettings(mode=mode, **{**LIMITS, "case_seconds": 2.0})
     for name in ("frames_of_the_grader", "read_the_tests", "others_memory", "environment"):
         (outcome,) = run_program(host.fill_in(PROGRAMS[name]), [(3,)], settings, entry_point="solve")
-        if mode != "limits" or name != "read_the_tests":
-            assert outcome.error is None or name == "frames_of_the_grader", outcome
-            assert not any(str(answer) in str(outcome.value) for answer in ANSWERS.values())
-            assert "alive" not in str(outcome.value)
+        assert outcome.error is None or name == "frames_of_the_grader", outcome
+        assert not any(str(answer) in str(outcome.value) for answer in ANSWERS.values())
+        assert "alive" not in str(outcome.value)
         if name == "environment":
             assert outcome.value == []
 
