@@ -11,7 +11,7 @@ import torch
 
 from megatron_antisd import batch as batching
 from megatron_antisd.algorithm import GateDecision
-from megatron_antisd.grading.groups import GradedGroups, grade_groups
+from megatron_antisd.grading.groups import EarlyGrading, GradedGroups
 from megatron_antisd.records import PrivilegedView, RolloutGroup, ScoredGroup, StepStats, TokenScores, TrainingBatch
 from megatron_antisd.rollout.groups import generate_groups
 from megatron_antisd.rollout.probe import ProbeResult
@@ -26,21 +26,25 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on; the message says why and where the last checkpoint is."""
 
 
-def generate(run: Run, step: int) -> list[RolloutGroup]:
-    """G rollouts of the next problems, or an earlier run's graded ones (`debug.load_rollouts`; the sampler moves on all the same)."""
+def generate(run: Run, step: int) -> tuple[list[RolloutGroup], EarlyGrading | None]:
+    """G rollouts of the next problems, and their grading, which begins with the first one that is done. Or an earlier run's graded ones
+    (`debug.load_rollouts`; the sampler moves on all the same)."""
     problems = run.sampler.next()
     if run.config.debug.load_rollouts is not None:
-        return load_rollouts(run.config.debug.load_rollouts, step)
-    return generate_groups(
+        return load_rollouts(run.config.debug.load_rollouts, step), None
+    size = run.config.rollout.group_size
+    grading = EarlyGrading(run.grader, problems, size, run.decode)
+    groups = generate_groups(
         run.engine, problems, [run.prompts.student_prompt(p) for p in problems], sampling=run.sampling,
-        group_size=run.config.rollout.group_size, seed=run.config.run.seed, step=step, decode=run.decode)
+        group_size=size, seed=run.config.run.seed, step=step, decode=run.decode, finished=grading)
+    return groups, grading
 
 
-def grade(run: Run, groups: Sequence[RolloutGroup], step: int) -> GradedGroups:
-    """Rewards and feedback; replayed rollouts keep theirs."""
-    if run.config.debug.load_rollouts is not None:
+def grade(run: Run, groups: Sequence[RolloutGroup], grading: EarlyGrading | None, step: int) -> GradedGroups:
+    """Rewards and feedback, as far as they are not there yet; replayed rollouts keep theirs."""
+    if grading is None:
         return GradedGroups(groups=tuple(groups), timeouts=0, crashes=0)
-    graded = grade_groups(groups, run.grader, run.config.privileged)
+    graded = grading.complete(groups, run.config.privileged)
     if run.config.debug.save_rollouts is not None and run.is_main:
         save_rollouts(run.config.debug.save_rollouts, step, graded.groups)
     return graded
@@ -107,7 +111,8 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
         "gate_entropy": gate and gate.entropy, "gate_marginal": gate and gate.marginal,
         "lambda": lambda_, "shadow_lambda": gate.lambda_ if gate is not None and run.config.algorithm.shadow else None,
-        "teacher_masked_rollouts": teacher.missing, "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
+        "teacher_masked_rollouts": teacher.missing, "seconds_hidden_grade": graded.hidden_seconds,
+        "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,
         "probe_mean": probe and probe.mean, "probe_max": probe and probe.max,
         "audit_alarms": audit(run, graded.groups, teacher, student, run.progress.step),

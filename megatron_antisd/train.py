@@ -27,9 +27,9 @@ def train(run: Run, metrics: MetricsWriter) -> None:
     for step in range(run.progress.step + 1, run.config.run.steps + 1):
         with profile(step) as named_range, StageTimer(synchronize, named_range) as timer:
             with timer("generate"):  # y_1 .. y_G ~ pi_S(. | x)
-                groups = stages.generate(run, step)
+                groups, grading = stages.generate(run, step)
             with timer("grade"):  # R_i and the feedback on it
-                graded = stages.grade(run, groups, step)
+                graded = stages.grade(run, groups, grading, step)
             with timer("teacher"):  # t_t = log pi_T(y_t | x, c, y_<t) and exact entropies
                 teacher = stages.score_teacher(run, graded.groups, step)
                 student = stages.score_student(run, graded.groups)

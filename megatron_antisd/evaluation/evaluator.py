@@ -17,7 +17,7 @@ from megatron_antisd.evaluation.statistics import summarise
 from megatron_antisd.evaluation.store import SampleStore, graded, store_path
 from megatron_antisd.evaluation.votes import final_vote
 from megatron_antisd.grading import GradingPool
-from megatron_antisd.grading.groups import grade_groups
+from megatron_antisd.grading.groups import EarlyGrading
 from megatron_antisd.inputs import Inputs
 from megatron_antisd.metrics import MetricsWriter
 from megatron_antisd.records import Problem, RolloutGroup
@@ -79,10 +79,11 @@ class Evaluator:
         at_once = max(1, self.config.evaluation.samples_at_once // benchmark.samples)
         for start in range(0, len(missing), at_once):
             part = [problems[i] for i in missing[start : start + at_once]]
+            grading = EarlyGrading(self.grader, part, benchmark.samples, self.decode)
             groups = generate_groups(
                 self.engine, part, [self.prompts.student_prompt(p) for p in part], sampling=self._sampling(), group_size=benchmark.samples,
-                seed=self.config.run.seed + EVALUATION_SEED, step=0, decode=self.decode)
-            graded_groups = grade_groups(groups, self.grader, self.config.privileged).groups
+                seed=self.config.run.seed + EVALUATION_SEED, step=0, decode=self.decode, finished=grading)
+            graded_groups = grading.complete(groups, self.config.privileged).groups
             if store is not None:
                 store.append({group.problem.id: _rows(group) for group in graded_groups})
                 if len(missing) > at_once:

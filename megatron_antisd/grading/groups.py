@@ -1,16 +1,17 @@
-"""Grade groups of rollouts: every rank its share, all results on every rank."""
+"""Grade groups of rollouts: every rank its share, all results on every rank; afterwards, or while the engine still decodes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
 from megatron_antisd.config import PrivilegedConfig
-from megatron_antisd.grading.pool import GradingPool
+from megatron_antisd.grading.pool import GradingPool, GradingReport
 from megatron_antisd.grading.verdict import GradingTask, Verdict
-from megatron_antisd.records import RolloutGroup
+from megatron_antisd.records import Problem, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,27 +21,65 @@ class GradedGroups:
     """Answers of the whole batch that ran out of time and scored 0."""
     crashes: int
     """Answers of the whole batch whose grader died or raised, and scored 0."""
+    hidden_seconds: float | None = None
+    """From the first answer given to a grader of this rank until the engine was done: grading that the step did not wait for."""
 
 
 def grade_groups(groups: Sequence[RolloutGroup], pool: GradingPool, feedback: PrivilegedConfig) -> GradedGroups:
     """Set reward and feedback of every rollout. Collective when torch.distributed is initialised."""
-    tasks = [GradingTask(response=r.text, answer=group.problem.answer, tests=group.problem.tests) for group in groups for r in group.rollouts]
+    tasks = [task_of(rollout.text, group.problem) for group in groups for rollout in group.rollouts]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = pool.grade_many(tasks[rank::world])
-    reports = [mine]
-    if world > 1:
-        reports = [None] * world  # type: ignore[list-item]
-        dist.all_gather_object(reports, mine)
-    verdicts: list[Verdict | None] = [None] * len(tasks)
-    for place, report in enumerate(reports):
-        verdicts[place::world] = report.verdicts
-    graded, position = [], 0
-    for group in groups:
-        rollouts = []
-        for rollout in group.rollouts:
-            verdict = verdicts[position]
-            usual = feedback.correct if verdict.reward >= 1.0 else feedback.incorrect
-            rollouts.append(rollout.graded(verdict.reward, usual if verdict.feedback is None else verdict.feedback))
-            position += 1
-        graded.append(RolloutGroup(problem=group.problem, rollouts=tuple(rollouts)))
-    return GradedGroups(groups=tuple(graded), timeouts=sum(r.timeouts for r in reports), crashes=sum(r.crashes for r in reports))
+    mine = range(rank, len(tasks), world)
+    return _gathered(groups, mine, pool.grade_many([tasks[index] for index in mine]), feedback)
+
+
+class EarlyGrading:
+    """Grades rollouts while the engine still decodes others. Give the object itself to `generate_groups` as `finished`.
+
+    `problems[i]` is the one of rollouts `i * group_size` and following; `decode` turns response ids into text.
+    """
+
+    def __init__(self, pool: GradingPool, problems: Sequence[Problem], group_size: int, decode: Callable[[Sequence[int]], str]) -> None:
+        self._grading, self._problems, self._group_size, self._decode = pool.open(), problems, group_size, decode
+        self._indices: list[int] = []
+        self._started: float | None = None
+
+    def __call__(self, finished: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """(index, response ids) of rollouts that are done; call it without any, too, so that the workers stay busy."""
+        for index, response_ids in finished:
+            self._indices.append(index)
+            self._grading.add(task_of(self._decode(response_ids), self._problems[index // self._group_size]))
+        if self._indices:
+            self._started = self._started or time.perf_counter()
+            self._grading.poll()
+
+    def complete(self, groups: Sequence[RolloutGroup], feedback: PrivilegedConfig) -> GradedGroups:
+        """Wait for what is not graded yet; as `grade_groups`. Raises RuntimeError where the engine did not report every rollout once."""
+        hidden = 0.0 if self._started is None else time.perf_counter() - self._started
+        return replace(_gathered(groups, self._indices, self._grading.report(), feedback), hidden_seconds=hidden)
+
+
+def task_of(response: str, problem: Problem) -> GradingTask:
+    return GradingTask(response=response, answer=problem.answer, tests=problem.tests)
+
+
+def _gathered(groups: Sequence[RolloutGroup], indices: Sequence[int], mine: GradingReport, feedback: PrivilegedConfig) -> GradedGroups:
+    """All ranks' verdicts, each rank's for the rollouts `indices`, laid on the groups."""
+    parts = [(list(indices), mine)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [None] * dist.get_world_size()  # type: ignore[list-item]
+        dist.all_gather_object(parts, (list(indices), mine))
+    verdicts = {index: verdict for where, report in parts for index, verdict in zip(where, report.verdicts, strict=True)}
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if sorted(index for where, _ in parts for index in where) != list(range(len(rollouts))):
+        raise RuntimeError(f"of {len(rollouts)} rollouts {len(verdicts)} were given to the grader, {sum(len(where) for where, _ in parts)} times; "
+                           "the engine must report each one once")
+    graded = iter([_with_verdict(rollout, verdicts[index], feedback) for index, rollout in enumerate(rollouts)])
+    return GradedGroups(
+        groups=tuple(RolloutGroup(problem=group.problem, rollouts=tuple(next(graded) for _ in group.rollouts)) for group in groups),
+        timeouts=sum(report.timeouts for _, report in parts), crashes=sum(report.crashes for _, report in parts))
+
+
+def _with_verdict(rollout: Rollout, verdict: Verdict, feedback: PrivilegedConfig) -> Rollout:
+    usual = feedback.correct if verdict.reward >= 1.0 else feedback.incorrect
+    return rollout.graded(verdict.reward, usual if verdict.feedback is None else verdict.feedback)

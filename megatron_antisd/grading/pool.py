@@ -124,7 +124,7 @@ class GradingPool:
         try:
             self._workers.extend(_Worker(self._settings) for _ in range(workers))
             while not all(worker.ready for worker in self._workers):
-                self._await_messages(_Call(tasks=()))
+                self._await_messages(_Call())
         except BaseException:
             self.close()
             raise
@@ -135,18 +135,33 @@ class GradingPool:
         Raises GradingError when the function returns something other than a finite number (and a feedback string), when it raises on
         every task, and when a task's tests are broken: a broken grader must not look like a policy that solves nothing.
         """
-        with self._lock:
-            if not self._finalizer.alive:
-                raise GradingError("the grading pool is closed")
-            call = _Call(tasks=tasks)
-            try:
-                while call.open:
-                    self._hand_out(call)
-                    self._await_messages(call)
-            except BaseException:
-                self.close()  # workers may be half-way through this call's tasks
-                raise
-        return call.report(self._function)
+        grading = self.open()
+        for task in tasks:
+            grading.add(task)
+        return grading.report()
+
+    def open(self) -> OpenGrading:
+        """Grade tasks as they come; the caller ends it with `report`, and until then nobody else grades with this pool."""
+        self._lock.acquire()
+        if not self._finalizer.alive:
+            self._lock.release()
+            raise GradingError("the grading pool is closed")
+        return OpenGrading(self)
+
+    def _work(self, call: _Call, *, until_done: bool) -> None:
+        """Hand out and receive: all that is possible now, or until every task has a verdict. Closes the pool where it fails."""
+        try:
+            self._hand_out(call)
+            if not until_done and any(not worker.ready or worker.index is not None for worker in self._workers):
+                self._await_messages(call, patience=0.0)
+                self._hand_out(call)
+            while until_done and call.open:
+                self._await_messages(call)
+                self._hand_out(call)
+        except BaseException:
+            self.close()  # workers may be half-way through this call's tasks
+            self._lock.release()
+            raise
 
     def close(self) -> None:
         """Kill the workers. Idempotent."""
@@ -174,10 +189,11 @@ class GradingPool:
             worker.index = call.waiting.popleft()
             worker.deadline = time.monotonic() + worker.seconds
 
-    def _await_messages(self, call: _Call) -> None:
-        """Wait for one message, one death or one deadline, and deal with all that happened by then."""
+    def _await_messages(self, call: _Call, patience: float | None = None) -> None:
+        """Wait (for `patience` seconds at most) for one message, one death or one deadline, and deal with all that happened by then."""
         busy = [w for w in self._workers if not w.ready or w.index is not None]
-        patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+        if patience is None:
+            patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
         messages = wait([worker.connection for worker in busy], timeout=patience)
         now = time.monotonic()
         for slot, worker in enumerate(self._workers):
@@ -228,18 +244,44 @@ class GradingPool:
         return code
 
 
-class _Call:
-    """The state of one `grade_many`."""
+class OpenGrading:
+    """Tasks that are graded while others are still being made: `add` them, `poll` now and then, `report` at the end."""
 
-    def __init__(self, tasks: Sequence[GradingTask]) -> None:
-        self.tasks = tasks
-        self.waiting = deque(range(len(tasks)))
-        self.open = len(tasks)
+    def __init__(self, pool: GradingPool) -> None:
+        self._pool, self._call = pool, _Call()
+
+    def add(self, task: GradingTask) -> None:
+        self._call.add(task)
+
+    def poll(self) -> None:
+        """Give idle workers tasks and take what is done; never waits. A worker gets one task a call. Raises as `report` does."""
+        self._pool._work(self._call, until_done=False)
+
+    def report(self) -> GradingReport:
+        """Wait for the rest; the verdicts in the order in which the tasks were added. Raises as GradingPool.grade_many does."""
+        self._pool._work(self._call, until_done=True)
+        self._pool._lock.release()
+        return self._call.report(self._pool._function)
+
+
+class _Call:
+    """The state of one grading."""
+
+    def __init__(self) -> None:
+        self.tasks: list[GradingTask] = []
+        self.waiting: deque[int] = deque()
+        self.open = 0
         """Tasks without a verdict yet."""
-        self.verdicts: list[Verdict | None] = [None] * len(tasks)
+        self.verdicts: list[Verdict | None] = []
         self.timeouts = 0
         self.crashes = 0
         self.traces: list[str] = []
+
+    def add(self, task: GradingTask) -> None:
+        self.waiting.append(len(self.tasks))
+        self.tasks.append(task)
+        self.verdicts.append(None)
+        self.open += 1
 
     def settle(self, index: int, verdict: Verdict) -> None:
         assert self.verdicts[index] is None, f"answer {index} was graded twice"

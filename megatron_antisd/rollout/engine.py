@@ -5,7 +5,7 @@ Every method is collective: all ranks of the world call it, in the same order, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,15 +59,20 @@ class Generation:
     """True when `max_new_tokens` ended the response."""
 
 
+Finished = Callable[[Sequence[tuple[int, tuple[int, ...]]]], None]
+"""Takes (index of the request, response ids) of responses that are done while others are still decoded."""
+
+
 class Engine(Protocol):
     """Generation with weights that the trainer replaces after every update."""
 
     policy_version: int
     """The number of weight updates the present weights have seen."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
         """All generations, in the order of the requests, on every rank. The engine spreads the requests over its replicas.
 
+        `finished` is called between decoding steps, with or without responses that are done; every response is reported on one rank.
         Raises EngineError: a prompt that leaves no room for `max_new_tokens`, requests that differ between ranks, a failure.
         """
         ...

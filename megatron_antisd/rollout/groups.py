@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from megatron_antisd.records import Problem, Rollout, RolloutGroup
-from megatron_antisd.rollout.engine import Engine, Request, Sampling
+from megatron_antisd.rollout.engine import Engine, Finished, Request, Sampling
 
 
 def rollout_seed(seed: int, step: int, problem_id: str, index: int) -> int:
@@ -26,10 +26,12 @@ def generate_groups(
     seed: int,
     step: int,
     decode: Callable[[Sequence[int]], str],
+    finished: Finished | None = None,
 ) -> list[RolloutGroup]:
     """`group_size` rollouts of each problem, groups in the order of `problems`, on every rank. Collective.
 
     `prompt_ids[i]` is problem i's tokenized student prompt; `decode` turns response ids into text without special tokens.
+    `finished`: see Engine.generate; rollout j of problem i has the index `i * group_size + j`.
     A problem that stands in the batch twice gets different draws each time. Raises ValueError when the two sequences differ
     in length, EngineError from the engine.
     """
@@ -40,7 +42,7 @@ def generate_groups(
         seen[problem.id] += 1
         requests += [Request(prompt_ids=tuple(prompt), seed=rollout_seed(seed, step, problem.id, first + index))
                      for index in range(group_size)]
-    generations = engine.generate(requests, sampling)
+    generations = engine.generate(requests, sampling, finished)
     version = engine.policy_version
     groups = []
     for start, problem, prompt in zip(range(0, len(requests), group_size), problems, prompt_ids, strict=True):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron_antisd.models.attention import KeyValueCache, PackedSequences
 from megatron_antisd.parallel.rows import lone_filler
 from megatron_antisd.parallel.trainer import Trainer
-from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import EngineError, Finished, Generation, Request, Sampling, check_requests
 
 _DONE, _RUNNING, _FAILED = 0, 1, 2
 
@@ -53,7 +53,7 @@ class MegatronEngine:
         self._vocab_size = trainer.description.geometry.vocab_size
         self._closed = False
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
         """See Engine.generate. Replica i takes the i-th contiguous part. Raises EngineError on all ranks for logits that are not finite."""
         if self._closed:
             raise EngineError("generate: the engine is closed")
@@ -61,7 +61,7 @@ class MegatronEngine:
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._vocab_size)
         replicas, mine = self._layout.replica_size, self._layout.replica_rank
         bounds = [len(requests) * i // replicas for i in range(replicas + 1)]
-        part = self._generate(requests[bounds[mine]:bounds[mine + 1]], sampling)
+        part = self._generate(requests[bounds[mine]:bounds[mine + 1]], sampling, bounds[mine], finished)
         parts: list[list[Generation]] = [part] * replicas
         if replicas > 1:
             dist.all_gather_object(parts, part, group=self._layout.replicas)
@@ -89,8 +89,10 @@ class MegatronEngine:
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
-        """This replica's part."""
+    def _generate(self, requests: Sequence[Request], sampling: Sampling, first: int, finished: Finished | None) -> list[Generation]:
+        """This replica's part, requests `first` and following of all. Its ranks all see each response; they report them in turns."""
+        ranks = self._layout.tensor_size * self._layout.pipeline_size
+        turn = self._layout.tensor_rank + self._layout.tensor_size * self._layout.pipeline_rank
         batch = _Batch(requests, sampling, slots=self._max_sequences, prefill_tokens=self._prefill_tokens,
                        multiple=self._layout.tensor_size, device=self._layout.device)
         failed = False
@@ -106,8 +108,11 @@ class MegatronEngine:
                 continue
             ids, log_probs = self._draw_next(row, sampling)
             failed = not bool(log_probs.isfinite().all())
-            if not failed:
-                batch.record(row, ids.tolist(), log_probs.tolist())
+            if failed:
+                continue
+            done = batch.record(row, ids.tolist(), log_probs.tolist())
+            if finished is not None:
+                finished([(first + place, response) for place, response in done if place % ranks == turn])
 
     def _idle(self) -> None:
         """A row of padding alone, to keep the other replicas company."""
@@ -195,6 +200,8 @@ class _Sequence:
     """A request on its way."""
 
     request: Request
+    place: int
+    """Among the replica's requests."""
     uniform: np.random.Generator
     """The request's own stream, one number a token. Philox takes all 63 bits of the seed (torch's CPU generator takes 32)."""
     slot: int = -1
@@ -220,7 +227,7 @@ class _Batch:
 
     def __init__(self, requests: Sequence[Request], sampling: Sampling, *, slots: int, prefill_tokens: int, multiple: int,
                  device: torch.device) -> None:
-        self._all = [_Sequence(request=r, uniform=np.random.Generator(np.random.Philox(key=r.seed))) for r in requests]
+        self._all = [_Sequence(request=r, place=i, uniform=np.random.Generator(np.random.Philox(key=r.seed))) for i, r in enumerate(requests)]
         self._waiting, self._running = deque(self._all), []
         self._sampling, self._prefill_tokens, self._multiple, self._device = sampling, prefill_tokens, multiple, device
         slots = min(slots, len(requests))
@@ -235,8 +242,9 @@ class _Batch:
             return self._prefill()
         return self._decode() if self._running else None
 
-    def record(self, row: _Row, ids: list[int], log_probs: list[float]) -> None:
-        """Append the row's draws; finished sequences free their slot."""
+    def record(self, row: _Row, ids: list[int], log_probs: list[float]) -> list[tuple[int, tuple[int, ...]]]:
+        """Append the row's draws; finished sequences free their slot: (place among the requests, response) of those."""
+        done = []
         stops = () if self._sampling.ignore_eos else self._sampling.stop_token_ids
         for sequence, token, log_prob in zip(row.sequences, ids, log_probs, strict=True):
             sequence.response.append(token)
@@ -246,6 +254,8 @@ class _Batch:
                 sequence.truncated = not stopped
                 self._running.remove(sequence)
                 self._free.append(sequence.slot)
+                done.append((sequence.place, tuple(sequence.response)))
+        return done
 
     def generations(self) -> list[Generation]:
         return [Generation(response_ids=tuple(s.response), log_probs=tuple(s.log_probs), truncated=s.truncated) for s in self._all]

@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from megatron_antisd.compat import vllm_cpu
 from megatron_antisd.config import RolloutConfig
-from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import EngineError, Finished, Generation, Request, Sampling, check_requests
 
 CPU_KV_CACHE_BYTES = 256 << 20
 _log = logging.getLogger(__name__)
@@ -96,30 +96,33 @@ class VllmEngine:
 
     # -- generation
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
         """See Engine.generate. Replica i takes the i-th contiguous part, so that a group shares its prompt's cache."""
         self._require_agreement(_digest(requests, sampling))
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._vocab_size)
         bounds = [len(requests) * i // self._replicas for i in range(self._replicas + 1)]
         mine = self._rank // self._tensor_parallel
         part = requests[bounds[mine]:bounds[mine + 1]]
-        parts = self._collective("generate", lambda: self._generate(part, sampling))
+        parts = self._collective("generate", lambda: self._generate(part, sampling, bounds[mine], finished))
         for rank, generations in enumerate(parts):
             if generations != parts[rank // self._tensor_parallel * self._tensor_parallel]:
                 self._failure = "generate: the tensor-parallel ranks of one replica drew different tokens"
                 raise EngineError(self._failure)
         return [generation for generations in parts[::self._tensor_parallel] for generation in generations]
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
-        if not requests:
-            return []
+    def _generate(self, requests: Sequence[Request], sampling: Sampling, first: int, finished: Finished | None) -> list[Generation]:
+        """This replica's requests, `first` and following of all. Its tensor-parallel ranks all see each response; they report them in turns."""
+        engine, done = self._llm.llm_engine, {}
         with vllm_cpu.engine_scope():
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-                [_sampling_params(request.seed, sampling) for request in requests],
-                use_tqdm=False,
-            )
-        return [_generation(output.outputs[0]) for output in outputs]
+            for place, request in enumerate(requests):
+                engine.add_request(str(place), {"prompt_token_ids": list(request.prompt_ids)}, _sampling_params(request.seed, sampling))
+            while engine.has_unfinished_requests():
+                new = {int(output.request_id): _generation(output.outputs[0]) for output in engine.step() if output.finished}
+                done |= new
+                if finished is not None:
+                    finished([(first + place, generation.response_ids) for place, generation in new.items()
+                              if place % self._tensor_parallel == self._rank % self._tensor_parallel])
+        return [done[place] for place in range(len(requests))]
 
     # -- weights
 
@@ -269,6 +272,7 @@ def _device_arguments(arguments: dict[str, Any], on_cpu: bool) -> dict[str, Any]
 
 def _sampling_params(seed: int, sampling: Sampling) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -281,6 +285,7 @@ def _sampling_params(seed: int, sampling: Sampling) -> Any:
         logprobs=0,  # the sampled token's alone
         flat_logprobs=True,
         detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
