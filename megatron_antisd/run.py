@@ -111,12 +111,13 @@ def build_run(config: RunConfig) -> Run:
     from megatron_antisd.parallel.layout import start_process_group
 
     inputs = read_inputs(config, training=True)
+    sampler = ProblemSampler(inputs.problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
     start_process_group(config.parallel.timeout_seconds)
     engine, trainer = build_engine_and_trainer(config, inputs.max_context)
     main = dist.get_rank() == 0
     run = Run(
         config=config, trainer=trainer, engine=engine, tokenizer=inputs.tokenizer, prompts=inputs.prompts, grader=inputs.grader,
-        sampler=ProblemSampler(inputs.problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle),
+        sampler=sampler,
         gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max),
         evaluator=build_evaluator(config, inputs, engine, config.directory, is_main=main),
         sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
