@@ -49,7 +49,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_antisd", "megatron_antisd.*"]),
-    package_data={"megatron_antisd.reporting": ["u_lens_page/*"]},
+    package_data={"megatron_antisd.reporting": ["*.jinja", "u_lens_page/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

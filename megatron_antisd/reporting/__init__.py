@@ -3,15 +3,18 @@
 python -m megatron_antisd.reporting plot RUN [RUN ...] [--output FILE]
 python -m megatron_antisd.reporting report RUN [--output DIR]
 python -m megatron_antisd.reporting compare RUN [RUN ...] [--output DIR]
+python -m megatron_antisd.reporting results RUN [RUN ...] --output DIR
 """
 
 from megatron_antisd.reporting.compare import Comparison, compare_runs
 from megatron_antisd.reporting.plots import plot_runs
 from megatron_antisd.reporting.report import report_text, write_report
+from megatron_antisd.reporting.results import Choices, write_results
 from megatron_antisd.reporting.runs import RunData, load_run
 from megatron_antisd.reporting.tables import comparison_markdown, write_comparison
 
 __all__ = [
+    "Choices",
     "Comparison",
     "RunData",
     "compare_runs",
@@ -21,4 +24,5 @@ __all__ = [
     "report_text",
     "write_comparison",
     "write_report",
+    "write_results",
 ]

@@ -12,6 +12,7 @@ from megatron_antisd.metrics import MetricsError
 from megatron_antisd.reporting.compare import BASELINE, THRESHOLDS, compare_runs
 from megatron_antisd.reporting.plots import plot_runs
 from megatron_antisd.reporting.report import write_report
+from megatron_antisd.reporting.results import Choices, write_results
 from megatron_antisd.reporting.runs import load_run
 from megatron_antisd.reporting.tables import comparison_markdown, write_comparison
 from megatron_antisd.reporting.u_lens import write_u_lens
@@ -19,7 +20,7 @@ from megatron_antisd.reporting.u_lens_statistics import MINIMUM_COUNT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`plot`, `report`, `compare` or `u-lens`; returns the exit status. Bad input ends with one line on stderr."""
+    """`plot`, `report`, `compare`, `results` or `u-lens`; returns the exit status. Bad input ends with one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m megatron_antisd.reporting", description="Pictures, tables and texts of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     plot = commands.add_parser("plot", help="curves of one or several runs in one picture")
@@ -34,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--benchmark", help="compare on this one (default: the mean over all)")
     compare.add_argument("--baseline", default=BASELINE, help="the method that differences and speed-up refer to (default: %(default)s)")
     compare.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS), help="accuracies from 0 to 1")
+    _add_results(commands)
     _add_u_lens(commands)
     options = parser.parse_args(arguments)
     try:
-        {"plot": _plot, "report": _report, "compare": _compare, "u-lens": _u_lens}[options.command](options)
+        {"plot": _plot, "report": _report, "compare": _compare, "results": _results, "u-lens": _u_lens}[options.command](options)
     except (OSError, ConfigError, MetricsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,6 +67,27 @@ def _compare(options: argparse.Namespace) -> None:
     if options.output is not None:
         write_comparison(comparison, options.output)
         plot_runs([load_run(run) for run in options.runs], options.output / "comparison.png")
+
+
+def results_main(arguments: Sequence[str] | None = None) -> int:
+    """`RUN [RUN ...] --output DIR [--baseline METHOD] ...`."""
+    return main(["results", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _add_results(commands: argparse._SubParsersAction) -> None:
+    results = commands.add_parser("results", help="the paper's Table 1, Figure 3 and Figure 4, as Markdown, PNG and one HTML page")
+    results.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    results.add_argument("--output", type=Path, required=True, help="directory for results.md, results.html and the pictures")
+    results.add_argument("--baseline", default=BASELINE, help="the method that the speed-up refers to (default: %(default)s)")
+    results.add_argument("--benchmark", help="Table 1 on this one (default: on all, which every run must share)")
+    results.add_argument("--pass-benchmark", help="Figure 3's (default: the first of those with the largest k)")
+    results.add_argument("--paper", action="store_true", help="add a column with the paper's own numbers for these models and methods")
+
+
+def _results(options: argparse.Namespace) -> None:
+    choices = Choices(baseline=options.baseline, benchmark=options.benchmark, pass_benchmark=options.pass_benchmark, paper=options.paper)
+    for path in write_results(options.runs, options.output, choices):
+        print(path)
 
 
 def u_lens_main(arguments: Sequence[str] | None = None) -> int:

@@ -31,6 +31,8 @@ class MethodResult:
     """Where the mean accuracy is highest (the first such step)."""
     first_step: dict[float, int | None]
     """Threshold -> the first evaluated step at which the mean accuracy reaches it; None: never."""
+    target_step: int | None
+    """The first step at which this method reaches the baseline's best accuracy; None: never, or there is no baseline."""
     speedup: float | None
     """The baseline's best step / the first step at which this method reaches the baseline's best accuracy, on mean curves
     (method's definition). None: never reached, no baseline, or reached at step 0."""
@@ -68,7 +70,13 @@ def compare_runs(
     `benchmark`: its accuracy (None: the mean over all of a run). `baseline`: the method label that differences and the speed-up refer to.
     Raises ValueError for two runs of the same base, method and seed, and for a run without evaluations.
     """
-    runs = [load_run(directory) for directory in directories]
+    return compare_loaded([load_run(directory) for directory in directories], benchmark=benchmark, thresholds=thresholds, baseline=baseline)
+
+
+def compare_loaded(
+    runs: Sequence[RunData], *, benchmark: str | None = None, thresholds: Sequence[float] = THRESHOLDS, baseline: str = BASELINE
+) -> Comparison:
+    """`compare_runs` of runs that were read already; `Comparison.runs` is in their order."""
     if not runs:
         raise ValueError("there are no runs to compare; give at least one run directory")
     labels = method_labels(runs)
@@ -101,7 +109,7 @@ def _scope_results(scope: str, members: Sequence[RunSummary], baseline: str, thr
     curves = {method: _curve([(run.base, run.accuracy) for run in runs]) for method, runs in by_method.items()}
     results = []
     for method, runs in by_method.items():
-        accuracy = curves[method]
+        accuracy, target = curves[method], _target_step(curves[method], curves.get(baseline))
         if not accuracy:
             raise ValueError(f"{method} on {scope}: no step was evaluated in all of {[run.directory for run in runs]}")
         results.append(
@@ -110,7 +118,8 @@ def _scope_results(scope: str, members: Sequence[RunSummary], baseline: str, thr
                 difference=_difference(runs, by_method.get(baseline, [])) if method != baseline else {},
                 best_step=_best_step(accuracy),
                 first_step={threshold: _first_step(accuracy, threshold) for threshold in thresholds},
-                speedup=_speedup(accuracy, curves.get(baseline)),
+                target_step=target,
+                speedup=_best_step(curves[baseline]) / target if target else None,
             )
         )  # fmt: skip
     return results
@@ -144,12 +153,8 @@ def _first_step(curve: dict[int, Estimate], threshold: float) -> int | None:
     return next((step for step, value in curve.items() if round(value.mean, ROUNDING) >= round(threshold, ROUNDING)), None)
 
 
-def _speedup(curve: dict[int, Estimate], baseline: dict[int, Estimate] | None) -> float | None:
-    if not baseline:
-        return None
-    best = _best_step(baseline)
-    first = _first_step(curve, baseline[best].mean)
-    return best / first if first else None
+def _target_step(curve: dict[int, Estimate], baseline: dict[int, Estimate] | None) -> int | None:
+    return _first_step(curve, baseline[_best_step(baseline)].mean) if baseline else None
 
 
 def _summary(run: RunData, label: str, base: str, benchmark: str | None) -> RunSummary:

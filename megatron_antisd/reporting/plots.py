@@ -41,16 +41,22 @@ class Group:
     marker: str
 
 
-def plot_runs(runs: Sequence[RunData], output: Path, *, title: str | None = None) -> Path:
+Panel = Callable[[Axes, Sequence[Group]], None]
+
+
+def plot_runs(runs: Sequence[RunData], output: Path, *, title: str | None = None, panels: Sequence[Panel] | None = None) -> Path:
     """Draw `runs` into one PNG and return its path. Runs of one method that differ in seed or base model share a colour: thin lines
-    for each, a thick one for their mean. A faint line is the raw value, a full one its centred rolling mean."""
+    for each, a thick one for their mean. A faint line is the raw value, a full one its centred rolling mean.
+
+    `panels`: three in a row, e.g. FIGURE_4 (default: PANELS, all that there are)."""
     if not runs:
         raise ValueError("there are no runs to plot; give at least one run directory")
-    groups = _groups(runs)
+    groups = styled_groups(runs)
     with rc_context(STYLE):
-        figure = Figure(figsize=(17, 12.5), layout="constrained")
-        axes = figure.subplots(3, 3)
-        for axis, draw in zip(axes.flat, PANELS, strict=True):
+        panels = PANELS if panels is None else panels
+        figure = Figure(figsize=(17, 0.5 + 4 * len(panels) // 3), layout="constrained")
+        axes = figure.subplots(len(panels) // 3, 3)
+        for axis, draw in zip(axes.flat, panels, strict=True):
             draw(axis, groups)
             axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
             axis.set_xlim(left=0, right=max(row["step"] for run in runs for row in run.rows) or 1)
@@ -58,7 +64,7 @@ def plot_runs(runs: Sequence[RunData], output: Path, *, title: str | None = None
             axis.set_xlabel("step")
         figure.suptitle(title or _title(groups), fontsize=15, fontweight="bold", x=0.01, ha="left")
         if len(groups) > 1:
-            handles = [_line(group) for group in groups]
+            handles = [legend_line(group) for group in groups]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(groups)), fontsize=12)
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=110)
@@ -75,7 +81,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return out
 
 
-def _groups(runs: Sequence[RunData]) -> list[Group]:
+def styled_groups(runs: Sequence[RunData]) -> list[Group]:
     styles = [(colour, dashes, marker) for colour, dashes, marker in zip(COLOURS, DASHES, MARKERS, strict=True)]
     return [
         Group(
@@ -97,7 +103,7 @@ def _title(groups: Sequence[Group]) -> str:
     return f"{sum(len(group.runs) for group in groups)} runs" + (" (thick: mean over runs, thin: each run)" if repeated else "")
 
 
-def _line(group: Group) -> Line2D:
+def legend_line(group: Group) -> Line2D:
     return Line2D([], [], color=group.colour, dashes=group.dashes or (None, None), label=group.label)
 
 
@@ -136,9 +142,7 @@ def _as_share(axis: Axes) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
 
 
-def _panel(
-    key: str, title: str, ylabel: str, *, share: bool = False, absent: str = "not recorded"
-) -> Callable[[Axes, Sequence[Group]], None]:
+def _panel(key: str, title: str, ylabel: str, *, share: bool = False, absent: str = "not recorded") -> Panel:
     def draw(axis: Axes, groups: Sequence[Group]) -> None:
         axis.set_title(title)
         axis.set_ylabel(ylabel)
@@ -159,7 +163,7 @@ def _reward(axis: Axes, groups: Sequence[Group]) -> None:
         steps, values = groups[0].runs[0].series("reward_completed_mean")
         if np.isfinite(values).any():
             axis.plot(steps, smooth(np.array(values), max(1, len(values) // 16)), color="#D55E00", dashes=(5, 1.6))
-        axis.legend(handles=[_line(groups[0]), Line2D([], [], color="#D55E00", dashes=(5, 1.6))],
+        axis.legend(handles=[legend_line(groups[0]), Line2D([], [], color="#D55E00", dashes=(5, 1.6))],
                     labels=["all rollouts", "rollouts that ended by themselves"])  # fmt: skip
 
 
@@ -194,12 +198,12 @@ def _gate(axis: Axes, groups: Sequence[Group]) -> None:
     axis.set_ylim(bottom=0)
     runs = [run for group in groups for run in group.runs]
     if len(runs) == 1:
-        _gate_of_one(axis, runs[0], groups[0].colour)
+        draw_gate(axis, runs[0], groups[0].colour)
     else:
         _gate_strips(axis, groups)
 
 
-def _gate_of_one(axis: Axes, run: RunData, colour: str) -> None:
+def draw_gate(axis: Axes, run: RunData, colour: str) -> None:
     handles = [Line2D([], [], color=colour, label="H")]
     intervals = gate_intervals(run)
     for state, first, last in intervals:
@@ -280,14 +284,20 @@ def _seconds(axis: Axes, groups: Sequence[Group]) -> None:
     _legend_above(axis, axis.get_legend_handles_labels()[0])
 
 
-PANELS: tuple[Callable[[Axes, Sequence[Group]], None], ...] = (
+_LENGTH = _panel("response_length_mean", "Response length", "mean tokens")
+_TRUNCATED = _panel("truncation_rate", "Truncated responses", "share of rollouts", share=True)
+_STUDENT_ENTROPY = _panel("student_entropy_mean", "Student entropy", "mean entropy, nats")
+
+PANELS: tuple[Panel, ...] = (
     _reward,
     _accuracy,
     _gate,
-    _panel("response_length_mean", "Response length", "mean tokens"),
-    _panel("truncation_rate", "Truncated responses", "share of rollouts", share=True),
-    _panel("student_entropy_mean", "Student entropy", "mean entropy, nats"),
+    _LENGTH,
+    _TRUNCATED,
+    _STUDENT_ENTROPY,
     _mean_u,
     _panel("u_negative_share", "Deliberation tokens (u < 0)", "share of tokens", share=True, absent="no teacher"),
     _seconds,
 )
+FIGURE_4: tuple[Panel, ...] = (_reward, _accuracy, _gate, _STUDENT_ENTROPY, _LENGTH, _TRUNCATED)
+"""The paper's six axes. Teacher entropy and gate share one, because the one decides on the other."""

@@ -61,6 +61,17 @@ class RunData:
         return {row["step"]: sum(row[key] for key in keys) / len(keys) for row in complete}
 
 
+    def at(self, step: int) -> dict[str, Any]:
+        """The row of a step."""
+        return next(row for row in self.rows if row["step"] == step)
+
+    def pass_at(self, benchmark: str, step: int) -> dict[int, tuple[float, float | None, float | None]]:
+        """k -> (pass@k, low, high) at a step, rising in k; low and high are None where the evaluation gave no interval."""
+        row, start = self.at(step), f"eval/{benchmark}/pass"
+        found = {int(key.partition("@")[2]): value for key, value in row.items() if key.startswith(f"{start}@") and value is not None}
+        return {k: (found[k], row.get(f"{start}_low@{k}"), row.get(f"{start}_high@{k}")) for k in sorted(found)}
+
+
 def load_run(directory: Path | str) -> RunData:
     """Read config.yaml and metrics.jsonl (required), samples.jsonl and token_u.jsonl (where they are).
 

@@ -37,7 +37,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         if any(result.difference for result in results):
             parts += [f"Minus {comparison.baseline}, in points, over pairs of the same base model and seed:", _difference_table(results)]
         parts += [_step_text(comparison), _step_table(comparison, results)]
-    return "\n\n".join([*parts, "## Runs", _runs_table(comparison), *_unfinished(comparison)]) + "\n"
+    return "\n\n".join([*parts, "## Runs", _runs_table(comparison), *unfinished(comparison)]) + "\n"
 
 
 def write_comparison(comparison: Comparison, directory: Path) -> list[Path]:
@@ -71,7 +71,7 @@ def _steps(results: Sequence[MethodResult]) -> list[int]:
 
 def _accuracy_table(results: Sequence[MethodResult]) -> str:
     steps = _steps(results)
-    rows = [[result.method, str(result.runs), *(_percent(result.accuracy.get(step)) for step in steps)] for result in results]
+    rows = [[result.method, str(result.runs), *(percent(result.accuracy.get(step)) for step in steps)] for result in results]
     return markdown_table(["method", "runs", *(f"step {step}" for step in steps)], rows)
 
 
@@ -81,7 +81,7 @@ def _difference_table(results: Sequence[MethodResult]) -> str:
         [
             result.method,
             str(next(iter(result.difference.values())).runs),
-            *(_percent(result.difference.get(step), "+.1f") for step in steps),
+            *(percent(result.difference.get(step), "+.1f") for step in steps),
         ]
         for result in results
         if result.difference
@@ -102,11 +102,20 @@ def _step_table(comparison: Comparison, results: Sequence[MethodResult]) -> str:
             result.method,
             f"{100 * result.accuracy[result.best_step].mean:.1f} @{result.best_step}",
             *("never" if result.first_step[t] is None else str(result.first_step[t]) for t in comparison.thresholds),
-            "-" if result.speedup is None else f"{result.speedup:.1f}x",
+            speedup_cell(comparison, result),
         ]
         for result in results
     ]
     return markdown_table(["method", "best", *(f"{100 * t:g} %" for t in comparison.thresholds), "speed-up"], rows)
+
+
+def speedup_cell(comparison: Comparison, result: MethodResult) -> str:
+    """`5.0x`; `never` where the baseline's best accuracy was not reached, `from the start` at step 0, `-` without a baseline."""
+    if result.speedup is not None:
+        return f"{result.speedup:.1f}x"
+    if not any(other.method == comparison.baseline and other.scope == result.scope for other in comparison.results):
+        return "-"
+    return "never" if result.target_step is None else "from the start"
 
 
 def _runs_table(comparison: Comparison) -> str:
@@ -118,12 +127,14 @@ def _runs_table(comparison: Comparison) -> str:
     return markdown_table(["run", "base", "method", "seed", "first accuracy", "last accuracy"], rows)
 
 
-def _unfinished(comparison: Comparison) -> list[str]:
+def unfinished(comparison: Comparison) -> list[str]:
+    """One sentence on the runs that have not done all their steps, or none."""
     short = [f"{run.directory} ({run.last_step} of {run.planned_steps})" for run in comparison.runs if run.last_step < run.planned_steps]
     return [f"Unfinished runs (steps done): {', '.join(short)}. A mean stands only at steps that all its runs have."] if short else []
 
 
-def _percent(value: Estimate | None, spec: str = ".1f") -> str:
+def percent(value: Estimate | None, spec: str = ".1f") -> str:
+    """`57.4 [55.0, 59.8]`, without brackets where there is no interval, `-` for None."""
     if value is None:
         return "-"
     interval = "" if value.low is None or value.high is None else f" [{100 * value.low:{spec}}, {100 * value.high:{spec}}]"

@@ -40,9 +40,12 @@ def teacher_row(step: int, entropy: float, is_open: bool, **changes: Any) -> dic
 
 def write_run(
     directory: Path, *, method: str = "antisd", seed: int = 0, base: str = "models/base-0", accuracy: dict[int, float], steps: int = 40,
-    noise: float = 0.0, **algorithm: Any,
+    noise: float = 0.0, evaluations: dict[int, dict[str, float]] | None = None, **algorithm: Any,
 ) -> Path:  # fmt: skip
-    """`accuracy`: step -> eval/search/avg@1. The gate warms up in steps 1-5, is open 6-20 and 31-, closed 21-30."""
+    """`accuracy`: step -> eval/search/avg@1. `evaluations`: step -> further metrics, or all where `accuracy` is empty.
+
+    The gate warms up in steps 1-5, is open 6-20 and 31-, closed 21-30.
+    """
     raw = {
         "run": {"name": directory.name, "steps": steps, "seed": seed}, "model": {"path": base}, "data": {"train": ["train.jsonl"]},
         "algorithm": {"method": method, **algorithm},
@@ -58,7 +61,9 @@ def write_run(
         for step in range(steps + 1):
             if step > 0:
                 writer.log(step, _row(step, method, random, noise))
-            if step in accuracy:
+            if evaluations and step in evaluations:
+                writer.log_evaluation(step, evaluations[step])
+            elif step in accuracy:
                 writer.log_evaluation(step, {"eval/search/avg@1": accuracy[step], "eval/search/pass@1": accuracy[step]})
                 if step in (min(accuracy), max(accuracy)):
                     writer.log_samples(step, _samples(step))
