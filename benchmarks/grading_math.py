@@ -18,9 +18,11 @@ import argparse
 import json
 import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.launch import machine
@@ -70,23 +72,46 @@ def with_hangs(tasks: Sequence[GradingTask], every: int) -> list[GradingTask]:
     return [endless if place % every == every // 2 else task for place, task in enumerate(tasks)]
 
 
-def pool_rate(tasks: Sequence[GradingTask], workers: int, timeout: float) -> tuple[float, float, int, list[float]]:
-    """(answers/s, seconds, time-outs, rewards) of a pool that has started."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One row of the table."""
+
+    answers: int
+    seconds: float
+    processor: float
+    """Processor seconds; those of a pool's workers include their start."""
+    rewards: list[float]
+    timeouts: int = 0
+
+    @property
+    def rate(self) -> float:
+        return self.answers / self.seconds
+
+
+def pool_rate(tasks: Sequence[GradingTask], workers: int, timeout: float) -> Measured:
+    """A pool that has started, from the first answer to the last."""
+    used = _children_seconds()
     with GradingPool(workers=workers, timeout_seconds=timeout) as pool:
         start = time.perf_counter()
         report = pool.grade_many(tasks)
         seconds = time.perf_counter() - start
-    return len(tasks) / seconds, seconds, report.timeouts, [verdict.reward for verdict in report.verdicts]
+    return Measured(answers=len(tasks), seconds=seconds, processor=_children_seconds() - used, timeouts=report.timeouts,
+                    rewards=[verdict.reward for verdict in report.verdicts])  # fmt: skip
 
 
-def math_verify_rate(tasks: Sequence[GradingTask]) -> tuple[float, list[float]]:
-    """(answers/s, rewards) of parse and verify called one after the other, golds parsed each time."""
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def math_verify_rate(tasks: Sequence[GradingTask]) -> Measured:
+    """Parse and verify called one after the other, golds parsed each time."""
     from math_verify import parse, verify
 
     parse("$1$")
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     rewards = [float(verify(parse(f"${task.answer}$"), parse(task.response))) for task in tasks]
-    return len(tasks) / (time.perf_counter() - start), rewards
+    return Measured(answers=len(tasks), seconds=time.perf_counter() - start, processor=time.process_time() - used, rewards=rewards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,29 +127,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answers = mix(options.answers, random.Random(options.seed))
     tasks, right = [task for task, _ in answers], [float(correct) for _, correct in answers]
     print(f"{machine()}; {len(tasks)} answers, {options.workers} workers, time-out {options.timeout:g} s\n")
-    print("| way | answers/s | seconds | time-outs | right ones refused | wrong ones accepted |\n|---|---:|---:|---:|---:|---:|")
-    plain = options.plain_answers
-    rate, seconds, timeouts, rewards = pool_rate(tasks, options.workers, options.timeout)
-    _row("pool", rate, seconds, timeouts, rewards, right)
+    print("| way | answers/s | seconds | processor ms an answer | time-outs | right ones refused | wrong ones accepted |\n"
+          "|---|---:|---:|---:|---:|---:|---:|")  # fmt: skip
+    pool = pool_rate(tasks, options.workers, options.timeout)
+    _row("pool", pool, right)
     hanging = with_hangs(tasks, options.hang_every)
     expected = sum(task is not other for task, other in zip(tasks, hanging, strict=True))
-    hang_rate, seconds, timeouts, _ = pool_rate(hanging, options.workers, options.timeout)
-    _row(f"pool, 1 in {options.hang_every} hangs", hang_rate, seconds, timeouts)
-    if timeouts < expected:
-        print(f"only {timeouts} of {expected} hanging answers ran out of time: this measures something else", file=sys.stderr)
+    hangs = pool_rate(hanging, options.workers, options.timeout)
+    _row(f"pool, 1 in {options.hang_every} hangs", hangs)
+    if hangs.timeouts < expected:
+        print(f"only {hangs.timeouts} of {expected} hanging answers ran out of time: this measures something else", file=sys.stderr)
         return 1
-    step = max(1, len(tasks) // plain) | 1  # odd, so that right and wrong ones are among them
-    plain_rate, rewards = math_verify_rate(tasks[::step])
-    _row("Math-Verify, one process", plain_rate, len(tasks[::step]) / plain_rate, 0, rewards, right[::step])
-    print(f"\nThe pool takes {rate / plain_rate:.1f} times the answers, {hang_rate / rate:.0%} of its rate with hangs.")
-    return int(rate < GOAL or hang_rate < GOAL_WITH_HANGS)
+    step = max(1, len(tasks) // options.plain_answers) | 1  # odd, so that right and wrong ones are among them
+    plain = math_verify_rate(tasks[::step])
+    _row("Math-Verify, one process", plain, right[::step])
+    print(f"\nThe pool takes {pool.rate / plain.rate:.1f} times the answers, {hangs.rate / pool.rate:.0%} of its rate with hangs.")
+    return int(pool.rate < GOAL or hangs.rate < GOAL_WITH_HANGS)
 
 
-def _row(name: str, rate: float, seconds: float, timeouts: int, rewards: Sequence[float] = (), right: Sequence[float] = ()) -> None:
-    pairs = list(zip(rewards, right, strict=True))
+def _row(name: str, measured: Measured, right: Sequence[float] = ()) -> None:
+    pairs = list(zip(measured.rewards, right, strict=True)) if right else []
     refused = f"{sum(got < want for got, want in pairs)} of {sum(want for _, want in pairs):.0f}" if pairs else "-"
     accepted = f"{sum(got > want for got, want in pairs)} of {sum(1 - want for _, want in pairs):.0f}" if pairs else "-"
-    print(f"| {name} | {rate:.0f} | {seconds:.1f} | {timeouts} | {refused} | {accepted} |", flush=True)
+    print(f"| {name} | {measured.rate:.0f} | {measured.seconds:.1f} | {1000 * measured.processor / measured.answers:.1f} "
+          f"| {measured.timeouts} | {refused} | {accepted} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Derivative, Expr, Float, Symbol, UnevaluatedExpr
+from sympy import Basic, Derivative, Eq, Expr, Float, Function, Symbol, UnevaluatedExpr
 
 from megatron_antisd.grading.boxes import boxed_list, final_answer
 from megatron_antisd.grading.exact import exact_verdict
@@ -115,6 +115,10 @@ def _same(gold: Any, prediction: Any) -> bool:
     if isinstance(gold, Basic) and isinstance(prediction, Basic):
         if _derivatives(gold) != _derivatives(prediction) or _numerically_apart(gold, prediction):
             return False
+        if isinstance(gold, Eq) and isinstance(prediction, Eq) and gold.atoms(Function) and prediction.atoms(Function):
+            # Solving such equations for each variable, as Math-Verify would, takes minutes: only the difference of their sides counts.
+            one, other = gold.lhs - gold.rhs, prediction.lhs - prediction.rhs
+            return any(not _numerically_apart(one, side) and verify([one], [side], timeout_seconds=None) for side in (other, -other))
     return bool(verify([gold], [prediction], timeout_seconds=None))
 
 

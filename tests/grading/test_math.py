@@ -71,7 +71,8 @@ EQUAL = [
     # units, words, lists, matrices
     (r"5\text{ centimeters}", r"5\ \mathrm{cm}"), (r"15\text{ square cm}", r"15\mbox{ cm}^2"), ("EVEN", r"\text{even}"),
     (r"\text{H, E}", "E, H"), (r"3 - 2\sqrt{2}, 3 + 2\sqrt{2}", r"3 \pm 2\sqrt{2}"), (r"\left(3,\tfrac12\right)", "(3, 0.5)"),
-    (r"\begin{bmatrix}1&2\\ 3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"), ("7:32", r"7 : 32"), (r"\frac34.", "3/4"),
+    (r"\begin{bmatrix}1&2\\ 3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"), ("7:32", r"7 : 32"),
+    (r"y = \sin x + 1", r"\sin x + 1 = y"), (r"\frac34.", "3/4"),
     (r"\binom{5}{2}", "10"), (r"\log_2 8", "3"), ("0.333333", "1/3"), ("2^{10}", "1024"), (r"5x-7y=2", "7y-5x=-2"),
 ]  # fmt: skip
 
@@ -93,7 +94,7 @@ UNEQUAL = [
     ("52", "52_8"), ("52_9", "52_8"), (r"5\text{ km}", r"5\text{ cm}"), (r"15\text{ cm}^3", r"15\text{ cm}^2"), (r"5\%", "0.5"), (r"0.5\%", "0.5"),
     (r"\frac{d t}{d x}=k x-a", r"\frac{d x}{d t}=k x-a"), (r"\hbar \omega(v-1 / 2)", r"\hbar \omega(v+1 / 2)"), (r"\text{CBAD}", r"\text{ABCD}"),
     ("3 + 2", "3, 2"), ("5, 977", "5"), (r"3 + 2\sqrt{2}", r"3 \pm 2\sqrt{2}"), ("(A) or (B)", "A"), ("(B)", "A"), ("A, B", "A"),
-    (r"\infty", "5"), (r"1/0", "5"),
+    (r"\infty", "5"), (r"1/0", "5"), (r"m \sin \theta(t)=f(t) \cos \theta(t)", r"-m \sin \theta(t)=f(t) \cos \theta(t)"),
     # no answer at all
     ("", "5"), ("5", ""), ("$$", "5"), ("!!!", "5"), (r"\frac{", "5"), ("}{", "5"),
 ]  # fmt: skip
