@@ -117,7 +117,8 @@ class Sandbox:
             if user is not None:
                 os.chown(self._scratch, user, user)
         modules, config = _modules(), marshal.dumps(_config(settings, user, self._scratch))
-        command = [*_prefix(settings, user), _interpreter(), "-I", "-S", "-c", _BOOT, str(len(modules)), str(len(config))]
+        command = [*_prefix(settings, user), _interpreter(), "-I", "-S", "-c", _BOOT, str(len(modules)), str(len(config)),
+                   f"of-{os.getpid()}"]  # for people who look at a list of processes
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_ENVIRONMENT, cwd="/", bufsize=0,

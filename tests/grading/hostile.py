@@ -642,7 +642,7 @@ PROGRAMS: dict[str, str] = {name: text if name in ("megabyte_source", "deep_sour
 SCRIPTS: dict[str, str] = {name: _source(text) for name, text in {
     "endless_output": "while True: print('x' * 100_000)",
     "silent_loop": "while True: pass",
-    "exit_0": "raise SystemExit(0)",
+    "exit_0": "import sys\nsys.exit(0)",
     "closed_output": "import os, time\nos.close(1)\ntime.sleep(1000)",
     "kill_runner": "import os\nfor pid in (os.getppid(), 1, -1):\n    try:\n        os.kill(pid, 9)\n    except OSError:\n        pass",
     "runners_memory": "import os\nfor pid in (os.getppid(), 1):\n    try:\n        print(open(f'/proc/{pid}/mem', 'rb').read(100))\n"
