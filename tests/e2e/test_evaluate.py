@@ -146,3 +146,16 @@ def test_samples_are_graded_again_without_an_engine(world: World, trained: Path,
 
     assert main([str(run), "--benchmark", "gone"]) == 1 and "the configuration has ['held-out']" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 1 and "no configuration file" in capsys.readouterr().err
+
+
+def test_programming_tasks_go_to_the_sandbox(world: World, trained: Path) -> None:
+    """A benchmark with tests, beside one with answers: a model of single words writes no program, and that is what is counted."""
+    rows = [{"id": f"code-{i}", "problem": f"double {i}", "tests": {"entry_point": "double", "cases": [[f"({i},)", str(2 * i)]]}} for i in range(2)]
+    path = world.root / "code.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    directory, output = alone(world, "code", model={"path": str(trained / "hf")}, rollout={"engine": "megatron"},
+                              evaluation={"benchmarks": [{"name": "code", "path": str(path), "samples": 3}]})
+    assert "sandbox" in output, "which protections there are is said at the start"
+    row, (_, samples) = only_row(directory), read_samples(directory / "evaluations/step_000000/code.jsonl")
+    assert len(samples) == 6 and {s["answer"] for s in samples} == {None} and {s["reward"] for s in samples} == {0.0}
+    assert row["eval/code/avg@3"] == row["eval/code/pass@3"] == 0.0 and "eval/code/majority@3" not in row
