@@ -38,7 +38,7 @@ def plot_pass_at_k(runs: Sequence[RunData], steps: Mapping[Path, int], benchmark
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
         axis.set_xlabel("k")
         axis.set_ylabel(f"pass@k on {benchmark}")
-        axis.legend(handles=[legend_line(group) for group in groups], loc="lower right")
+        figure.legend(handles=[legend_line(group) for group in groups], loc="outside lower center", ncols=min(3, len(groups)))
         figure.savefig(output, dpi=110)
     return output
 

@@ -11,6 +11,7 @@ import jinja2
 
 from megatron_antisd.reporting.tables import markdown_table
 
+MAX_PHONE_PIXELS = 1200
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
 
 
@@ -52,9 +53,12 @@ def markdown_page(title: str, sections: Sequence[Section]) -> str:
 def html_page(title: str, sections: Sequence[Section]) -> str:
     """The sections as one HTML page with the pictures inside. Every text is escaped: names of runs and models are anyone's."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    pictures = {section.picture: _data_uri(section.picture) for section in sections if section.picture is not None}
+    pictures = {section.picture: _picture(section.picture) for section in sections if section.picture is not None}
     return environment.from_string(TEMPLATE.read_text()).render(title=title, sections=sections, pictures=pictures)
 
 
-def _data_uri(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+def _picture(path: Path) -> dict[str, str | bool]:
+    """The picture as a data URI, and whether it is too broad for a phone's width: the page then lets it scroll sideways."""
+    content = path.read_bytes()
+    return {"uri": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
+            "broad": int.from_bytes(content[16:20], "big") > MAX_PHONE_PIXELS}  # fmt: skip

@@ -85,7 +85,8 @@ def _variable(gold: str) -> str | None:
 
 def _elements(gold: str) -> tuple[str, list[str], str] | None:
     """(opening, elements, closing) of a gold that is one bracketed or bare list."""
-    found = _BRACKETED.fullmatch(gold.strip())
+    gold = gold.strip()
+    found = _BRACKETED.fullmatch(gold)
     opening, inner, closing = (gold[: found.start(2)], found[2], gold[found.end(2) :]) if found else ("", gold, "")
     # Without brackets a comma between digits groups thousands, and inside braces it belongs to something else.
     if "," not in inner or re.search(r"\\text|[({\[]", re.sub(r"\{[^{},]*\}", "", inner)) or re.search(r"\d,(\\!)?\s*\d{3}(?!\d)", inner):
