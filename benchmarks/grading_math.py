@@ -6,8 +6,8 @@ MATH-500, AIME, HMMT and MinervaMath; without it, of a self-written set of golds
 
 * `pool`: `GradingPool` with 2 workers.
 * `pool, hangs`: the same with 1 answer in 1,000 replaced by one that keeps the parser busy for ever, a real hang inside SymPy that only the
-  worker's death ends. Each costs one worker the whole time-out and a new start, so the time-out decides this rate: 3 s here, twice the
-  slowest answer of the mix. With `grading.timeout_seconds` at its default of 10 s a third of the rate is left (`--timeout 10`).
+  worker's death ends. Each costs one worker the whole time-out and a new start, so the time-out decides this rate: the default of
+  `grading.timeout_seconds` here, `--timeout` for another.
 * `Math-Verify`: `parse` and `verify` of the same responses in one process, its own time-outs on, as its users call it.
 
 Goals: at least 300 answers/s on 2 cores, half of that with hangs. Prints how often Math-Verify's verdict differs from what was made.
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.launch import machine
+from megatron_antisd.config import GradingConfig
 from megatron_antisd.grading import GradingPool, GradingTask
 from tests.grading.perturbations import GOLDS, NEGATIVES, POSITIVES, perturbed
 
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--answers", type=int, default=4000, help="answers for the pool (default: %(default)s)")
     parser.add_argument("--plain-answers", type=int, default=400, help="of them for Math-Verify in one process (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=3.0, help="seconds an answer may take (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=GradingConfig().timeout_seconds, help="seconds an answer may take (default: %(default)s)")
     parser.add_argument("--hang-every", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", action="store_true", help="count wrong verdicts by kind instead")

@@ -112,7 +112,7 @@ class RolloutConfig(Section):
 class GradingConfig(Section):
     workers: int = Field(2, ge=1)
     """Grader processes of each rank."""
-    timeout_seconds: float = Field(10.0, gt=0)
+    timeout_seconds: float = Field(5.0, gt=0)
     """Wall clock of one answer; then its worker is killed and the answer scores 0, counted."""
     memory_bytes: int | None = Field(4 << 30, ge=1 << 28)
     """Address space of a grader process; None sets no limit (a function that loads CUDA reserves far more than it uses)."""
