@@ -3,20 +3,23 @@
     torchrun --nproc-per-node N -m megatron_antisd.evaluate CONFIG.yaml [key=value ...]
 
 Any checkpoint: `model.path` is a Hugging Face checkpoint or one of a training run; a run directory with checkpoints is evaluated at its
-newest. Results go to `evaluation/` in the run directory; called again after an interruption, it goes on where the samples end.
+newest. Results go to `evaluation/` in the run directory, each step's beside the others'; called again after an interruption, it goes on where
+the samples end.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_antisd.config import ConfigError, load_config
+from megatron_antisd.config import ConfigError, dump_config, load_config
 from megatron_antisd.evaluation.evaluator import agreed
 from megatron_antisd.evaluation.standalone import build_standalone
 from megatron_antisd.evaluation.statistics import pass_at_k
+from megatron_antisd.evaluation.store import StoreError, weights_name
 from megatron_antisd.metrics import MetricsWriter
 from megatron_antisd.run import SETUP_ERRORS, Run, set_up_logging
 
@@ -34,7 +37,9 @@ def is_pending(run: Run, metrics: MetricsWriter, step: int) -> bool:
 
 def evaluate(run: Run, metrics: MetricsWriter, step: int) -> None:
     """Evaluate a training run's present policy, the one after `step` updates. Collective."""
-    run.evaluator.evaluate(metrics, step, policy=f"{run.config.run.name}, {run.progress.policy_version} updates")
+    updates = run.progress.policy_version
+    policy = f"{run.config.run.name}, {updates} updates" if updates else weights_name(Path(run.config.model.path))
+    run.evaluator.evaluate(metrics, step, policy)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,8 +55,13 @@ def main(arguments: Sequence[str]) -> None:
     except SETUP_ERRORS as error:
         sys.exit(f"configuration error: {error}")
     with MetricsWriter(alone.evaluator.directory, config=config.logging, total_steps=max(config.run.steps, alone.step), resume_step=None,
-                       run_name=config.run.name, is_writer=alone.evaluator.is_main, keep_evaluations=True) as metrics:
-        alone.evaluator.evaluate(metrics, alone.step, policy=alone.policy)
+                       run_name=config.run.name, is_writer=alone.evaluator.is_main, evaluation_alone=True) as metrics:
+        if alone.evaluator.is_main:
+            (alone.evaluator.directory / "config.yaml").write_text(dump_config(config))
+        try:
+            alone.evaluator.evaluate(metrics, alone.step, alone.policy)
+        except StoreError as error:
+            sys.exit(f"error: {error}")
     alone.close()
     dist.barrier()
     dist.destroy_process_group()

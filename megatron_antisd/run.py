@@ -25,7 +25,6 @@ from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig, dump_config
 from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError
 from megatron_antisd.evaluation.evaluator import Evaluator, build_evaluator
-from megatron_antisd.evaluation.store import StoreError
 from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.inputs import Inputs, read_inputs
 from megatron_antisd.policy import build_engine_and_trainer, build_probe
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-SETUP_ERRORS = (ConfigError, ProblemDataError, PromptError, GradingError, EngineError, StoreError)
+SETUP_ERRORS = (ConfigError, ProblemDataError, PromptError, GradingError, EngineError)
 """What `load_config` and `build_run` raise for bad input; the message says it all."""
 
 

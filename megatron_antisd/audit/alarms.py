@@ -18,7 +18,7 @@ EMPTY_CONTEXT_NATS = {"float32": 1e-3, "bfloat16": 0.2}
 
 def first_token_alarm(scored: Sequence[ScoredRollout]) -> str | None:
     """None, or a sentence on the first token's u against that of all later ones."""
-    rows = [s.u for s in scored if s.u is not None and len(s.u) > 1]
+    rows = [u for u in (s.u for s in scored) if u is not None and len(u) > 1]
     if len(rows) < FIRST_TOKEN_ROLLOUTS:
         return None
     first = statistics.fmean(abs(u[0]) for u in rows)
@@ -29,19 +29,14 @@ def first_token_alarm(scored: Sequence[ScoredRollout]) -> str | None:
     return None
 
 
-def empty_context_alarm(scored: Sequence[ScoredRollout], dtype: str) -> str | None:
-    """None, or a sentence on rollouts whose teacher saw the student's very prompt and yet says something else."""
-    empty = [s.u for s in scored if s.u is not None and s.privileged.view is not None and s.privileged.view.prompt_ids == s.rollout.prompt_ids]
-    if not empty:
+def empty_context_alarm(u: Sequence[float], dtype: str) -> str | None:
+    """None, or a sentence on tokens that a teacher without privileged context scored and yet says something else of."""
+    if not u:
         return None
-    return empty_context_message(statistics.fmean(abs(value) for u in empty for value in u), sum(map(len, empty)), dtype)
-
-
-def empty_context_message(mean: float, tokens: int, dtype: str) -> str | None:
-    """The alarm for a mean |u| over `tokens` tokens scored without privileged context."""
+    mean = statistics.fmean(map(abs, u))
     if mean <= EMPTY_CONTEXT_NATS[dtype]:
         return None
-    return (f"with an empty context |u| is {mean:.2g} nats on average over {tokens} tokens, expected at most {EMPTY_CONTEXT_NATS[dtype]:g}: "
+    return (f"with an empty context |u| is {mean:.2g} nats on average over {len(u)} tokens, expected at most {EMPTY_CONTEXT_NATS[dtype]:g}: "
             "teacher and student passes differ in more than the prompt")
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_antisd.audit.alarms import empty_context_alarm, first_token_alarm, shown_solution_alarm
+from megatron_antisd.audit.alarms import first_token_alarm, shown_solution_alarm
 from megatron_antisd.audit.context import ContextFindings, ContextInspector
 from megatron_antisd.audit.saved import AuditError, SavedRollouts, open_saved
 from megatron_antisd.audit.solutions import SolutionCheck
@@ -17,8 +17,9 @@ from megatron_antisd.config import ConfigError
 from megatron_antisd.data import ProblemDataError, PromptError
 from megatron_antisd.grading import GradingError
 from megatron_antisd.metrics import MetricsError
+from megatron_antisd.rollout.replay import ReplayError
 
-ERRORS = (AuditError, ConfigError, GradingError, MetricsError, ProblemDataError, PromptError, FileNotFoundError)
+ERRORS = (AuditError, ConfigError, GradingError, MetricsError, ProblemDataError, PromptError, ReplayError, FileNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _audit(saved: SavedRollouts, options: argparse.Namespace) -> int:
     """Print one file's audit; the number of defects and alarms."""
     inspector = ContextInspector(saved.prompts, saved.tokenizer)
-    findings = [inspector.inspect(group) for group in saved.groups]
+    findings = [inspector.inspect(group, thinking_end=True) for group in saved.groups]
     flat = [finding for group in findings for finding in group]
     print(f"== {saved.path}: step {saved.step}, {len(saved.groups)} groups, {len(flat)} rollouts")
     for line in _summary(flat):
@@ -99,7 +100,7 @@ def _whole(finding: ContextFindings) -> str:
 
 def _alarms(saved: SavedRollouts, grade: bool) -> list[str]:
     scored = [rollout for group in saved.groups for rollout in group.rollouts]
-    alarms = [first_token_alarm(scored), empty_context_alarm(scored, saved.config.model.dtype)]
+    alarms = [first_token_alarm(scored)]
     if grade:
         with saved.open_grader() as grader:
             alarms.append(shown_solution_alarm(saved.groups, SolutionCheck(grader, saved.prompts, peers=True).failing(saved.groups)))

@@ -7,13 +7,14 @@ solution must be the one the view names, and both roles' prompts must end alike,
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_antisd.data import PromptBuilder, feedback_for
 from megatron_antisd.data.templates import CORRECT_REWARD
-from megatron_antisd.records import Problem, Rollout, ScoredGroup, ScoredRollout
+from megatron_antisd.records import Rollout, ScoredGroup, ScoredRollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ class ContextFindings:
     """Where thinking begins for the student: `thinking_boundary` of its prompt."""
     teacher_thinking: str
     response_thinking_end: int | None
-    """The response token that completes `</think>`; None where the response holds none."""
+    """The response token that completes `</think>`; None where the response holds none, or nobody asked."""
     defects: tuple[str, ...]
     """What must never be; each a sentence."""
 
@@ -52,17 +53,18 @@ class ContextInspector:
 
     def __init__(self, prompts: PromptBuilder, tokenizer: PreTrainedTokenizerBase) -> None:
         self._prompts, self._tokenizer = prompts, tokenizer
+        self._special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
         self._as_decoded = functools.lru_cache(maxsize=256)(self._decoded_again)  # a group's rollouts share question and feedback
 
-    def inspect(self, group: ScoredGroup) -> list[ContextFindings]:
-        """Findings of every rollout of a group, in order."""
+    def inspect(self, group: ScoredGroup, *, thinking_end: bool = False) -> list[ContextFindings]:
+        """Findings of every rollout of a group, in order. `thinking_end` looks for the token at which thinking ends, which costs most."""
         texts: dict[tuple[int, ...], str] = {}  # most rollouts of a group share a prompt
         for scored in group.rollouts:
             for ids in (scored.rollout.prompt_ids, scored.privileged.view.prompt_ids if scored.privileged.view else ()):
                 texts.setdefault(ids, self._decode(ids))
-        return [self._findings(scored, group, texts) for scored in group.rollouts]
+        return [self._findings(scored, group, texts, thinking_end) for scored in group.rollouts]
 
-    def _findings(self, scored: ScoredRollout, group: ScoredGroup, texts: dict[tuple[int, ...], str]) -> ContextFindings:
+    def _findings(self, scored: ScoredRollout, group: ScoredGroup, texts: dict[tuple[int, ...], str], thinking_end: bool) -> ContextFindings:
         rollout, privileged = scored.rollout, scored.privileged
         student, question = _squeeze(texts[rollout.prompt_ids]), self._as_decoded(self._prompts.question(group.problem))
         defects = [] if question in student else ["the student's prompt does not hold the whole question"]
@@ -74,13 +76,14 @@ class ContextInspector:
             teacher_thinking = thinking_boundary(teacher[-len(ending):] if ending else "")
             if privileged.view.response_ids != rollout.response_ids:
                 defects.append("the teacher scored other response tokens than the student wrote")
-            defects += self._prompt_defects(teacher, ending, question, feedback_for(rollout))
-            defects += self._solution_defects(scored, group, teacher)
+            defects += self._prompt_defects(teacher, ending, question, self._prompts.without_special(feedback_for(rollout)))
+            defects += self._special_defects(rollout, privileged.view.prompt_ids)
+            defects += self._solution_defects(scored, group, teacher, question)
         return ContextFindings(
             problem_id=rollout.problem_id, index=rollout.index, source=privileged.source, shown_index=privileged.shown_index, prompt=prompt,
             prompt_tokens=len(privileged.view.prompt_ids) if privileged.view else 0, response_tokens=len(rollout.response_ids),
             cut_tokens=privileged.cut_tokens, student_thinking=thinking_boundary(ending), teacher_thinking=teacher_thinking or "no teacher",
-            response_thinking_end=self._thinking_end(rollout), defects=tuple(defects))
+            response_thinking_end=self._thinking_end(rollout) if thinking_end else None, defects=tuple(defects))
 
     def _prompt_defects(self, teacher: str, ending: str, question: str, feedback: str) -> list[str]:
         defects = []
@@ -92,41 +95,43 @@ class ContextInspector:
             defects.append(f"the teacher's prompt ends on {teacher[-40:]!r}, the student's on {ending!r}: the generation prompt is not the same")
         return defects
 
-    def _solution_defects(self, scored: ScoredRollout, group: ScoredGroup, teacher: str) -> list[str]:
+    def _special_defects(self, rollout: Rollout, teacher_ids: Sequence[int]) -> list[str]:
+        """One special token more would end the user's turn in the middle, or begin another."""
+        counts = [sum(token in self._special for token in ids) for ids in (teacher_ids, rollout.prompt_ids)]
+        return [] if counts[0] == counts[1] else [f"the teacher's prompt holds {counts[0]} special tokens, the student's {counts[1]}"]
+
+    def _solution_defects(self, scored: ScoredRollout, group: ScoredGroup, teacher: str, question: str) -> list[str]:
         rollout, privileged = scored.rollout, scored.privileged
         peer = self._peer(scored, group)
         if privileged.shown_index == rollout.index:
             return ["the rollout was shown itself"]
         if privileged.source == "peer" and peer is None:
             return [f"the shown rollout {privileged.shown_index} is not in the group"]
-        shown = self._shown_text(group.problem, peer)
+        whole = self._prompts.clean((group.problem.solution or "") if peer is None else peer.text)
+        shown = _squeeze(self._without_beginning(whole, privileged.cut_tokens))
         defects = []
-        if not self._holds(teacher, shown, privileged.cut_tokens):
+        if not shown or shown not in teacher:
             defects.append(f"the teacher's prompt does not hold the solution ({privileged.source})")
         if peer is not None and (peer.reward is None or peer.reward < CORRECT_REWARD):
             defects.append(f"the shown rollout {peer.index} has reward {peer.reward}: no verified solution")
         if peer is not None and peer.truncated:
             defects.append(f"the shown rollout {peer.index} was truncated")
         own = _squeeze(self._prompts.clean(rollout.text))
-        # A peer may have written the very same tokens; that is its text, not this rollout's.
-        if len(own) > LONG_TEXT and own in teacher and own not in shown:
+        # A peer may have written the very same tokens, and a response may only repeat the question.
+        if len(own) > LONG_TEXT and own in teacher and own not in shown and own not in question:
             defects.append("the rollout's own text stands in its teacher's prompt")
         return defects
-
-    def _shown_text(self, problem: Problem, peer: Rollout | None) -> str:
-        """Squeezed. A peer's text is decoded tokens already."""
-        if peer is not None:
-            return _squeeze(self._prompts.clean(peer.text))
-        return self._as_decoded(self._prompts.clean(problem.solution or ""))
 
     @staticmethod
     def _peer(scored: ScoredRollout, group: ScoredGroup) -> Rollout | None:
         return next((s.rollout for s in group.rollouts if s.rollout.index == scored.privileged.shown_index), None)
 
-    @staticmethod
-    def _holds(teacher: str, shown: str, cut_tokens: int) -> bool:
-        """Whether the whole solution, or its end where its beginning was cut, stands in the prompt."""
-        return bool(shown) and (shown[-1:] if cut_tokens else shown) in teacher
+    def _without_beginning(self, text: str, cut_tokens: int) -> str:
+        """What is left of a solution of which so many tokens were cut."""
+        if not cut_tokens:
+            return text
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text[offsets[cut_tokens][0]:] if cut_tokens < len(offsets) else ""
 
     def _thinking_end(self, rollout: Rollout) -> int | None:
         if THINKING_END not in rollout.text:  # decoding tokens one by one is slow
@@ -147,8 +152,8 @@ class ContextInspector:
 
 
 def _squeeze(text: str) -> str:
-    """Without white space: a text tokenised alone may come back with other spaces at its ends, or between words."""
-    return "".join(text.split())
+    """Without white space, in Unicode's composed form: tokenising and decoding may change both."""
+    return unicodedata.normalize("NFC", "".join(text.split()))
 
 
 def thinking_boundary(ending: str) -> str:

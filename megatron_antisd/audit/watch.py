@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Sequence
 
-from megatron_antisd.audit.alarms import empty_context_message, first_token_alarm, shown_solution_alarm
+from megatron_antisd.audit.alarms import empty_context_alarm, first_token_alarm, shown_solution_alarm
 from megatron_antisd.audit.context import ContextInspector
 from megatron_antisd.audit.solutions import SolutionCheck
 from megatron_antisd.records import ScoredGroup
@@ -29,8 +28,7 @@ class ContextWatch:
         alarms = {
             "first token": first_token_alarm([rollout for group in groups for rollout in group.rollouts]),
             "shown solution": shown_solution_alarm(groups, self._solutions.failing(groups)),
-            "empty context": None if not empty_context_u else empty_context_message(
-                statistics.fmean(map(abs, empty_context_u)), len(empty_context_u), self._dtype),
+            "empty context": empty_context_alarm(empty_context_u, self._dtype),
         }
         for kind, alarm in alarms.items():
             if alarm is not None:

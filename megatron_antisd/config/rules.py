@@ -43,7 +43,7 @@ def check(config: RunConfig, model: Mapping[str, Any], world_size: int, *, train
     with one line per broken rule.
     """
     cpu = not _cuda_available()
-    _raise([*_file_problems(config, training), *_layout_problems(config, model, world_size, cpu=cpu)])
+    _raise([*_file_problems(config, training), *_layout_problems(config, model, world_size, cpu=cpu, training=training)])
 
 
 def check_layout(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool = False) -> None:
@@ -81,10 +81,11 @@ def _raise(problems: list[str]) -> None:
 # --- arithmetic ---
 
 
-def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool) -> Iterator[str]:
+def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: int, *, cpu: bool, training: bool = True) -> Iterator[str]:
     yield from _world_problems(config, world_size)
-    yield from _batch_problems(config, world_size)
-    yield from _profile_problems(config)
+    if training:
+        yield from _batch_problems(config, world_size)
+        yield from _profile_problems(config)
     yield from lever_problems(config, model.get("model_type"))
     yield from _model_problems(config.parallel, model)
     model = _complete(model)
@@ -279,7 +280,7 @@ def _file_problems(config: RunConfig, training: bool) -> Iterator[str]:
             yield f"evaluation.benchmarks[{i}].path ({benchmark.name}): no file at {benchmark.path} (taken from {Path.cwd()}){fetch}"
     for key, folder in (("checkpoint.continual_from", config.checkpoint.continual_from),
                         ("debug.load_rollouts", config.debug.load_rollouts)):
-        if folder is not None and not Path(folder).is_dir():
+        if training and folder is not None and not Path(folder).is_dir():
             yield f"{key}: no directory at {folder}"
     yield from _package_problems(config)
 

@@ -77,7 +77,7 @@ class PromptBuilder:
     def privileged_views(self, group: RolloutGroup, *, seed: int, step: int) -> list[PrivilegedView]:
         """The teacher's view of every rollout, in the group's order. Raises ValueError on rollouts without reward or feedback."""
         shown = self._assign(group, seed=seed, step=step)
-        feedbacks = [feedback_for(rollout) for rollout in group.rollouts]
+        feedbacks = [self.without_special(feedback_for(rollout)) for rollout in group.rollouts]
         question = self.question(group.problem)
 
         # At most two solutions and a few feedback texts: most rollouts of a group share a prompt, which is built once.
@@ -139,9 +139,13 @@ class PromptBuilder:
         which would end the user's turn in the middle."""
         if self._privileged.strip_thinking:
             text = strip_thinking(text)
+        return self.without_special(text).strip()
+
+    def without_special(self, text: str) -> str:
+        """Without what the tokenizer would read as a special token."""
         while self._special is not None and self._special.search(text):  # taking one out can put another together
             text = self._special.sub("", text)
-        return text.strip()
+        return text
 
     def _solution(self, text: str, source: str, index: int | None) -> _Solution | None:
         """None for a text of nothing. `allowed` honours privileged.solution_tokens, counted on the text as it is shown."""

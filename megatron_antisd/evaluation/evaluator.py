@@ -14,7 +14,7 @@ from megatron_antisd.config import BenchmarkConfig, RunConfig
 from megatron_antisd.data import PromptBuilder
 from megatron_antisd.data.problems import fingerprint
 from megatron_antisd.evaluation.statistics import summarise
-from megatron_antisd.evaluation.store import SampleStore, graded, store_path
+from megatron_antisd.evaluation.store import SampleStore, graded_sample, store_path
 from megatron_antisd.evaluation.votes import final_vote
 from megatron_antisd.grading import GradingPool
 from megatron_antisd.grading.groups import EarlyGrading
@@ -52,13 +52,14 @@ class Evaluator:
         shown: list[dict[str, Any]] = []
         for benchmark in self.config.evaluation.benchmarks:
             store = self._store(benchmark, step, policy)
-            self._complete(benchmark, store)
+            failures = self._complete(benchmark, store)
             if store is not None:
                 problems = self.benchmarks[benchmark.name]
-                values |= summarise(benchmark.name, [[graded(row) for row in store.rows(p.id)] for p in problems])
+                values |= summarise(benchmark.name, [[graded_sample(row) for row in store.rows(p.id)] for p in problems])
+                values |= {f"eval/{benchmark.name}/{key}": count for key, count in failures.items()}
                 shown += self._shown(benchmark.name, store)
-        metrics.log_evaluation(step, values)
         metrics.log_samples(step, shown)
+        metrics.log_evaluation(step, values)
 
     def _store(self, benchmark: BenchmarkConfig, step: int, policy: str) -> SampleStore | None:
         """On the main rank alone."""
@@ -69,11 +70,12 @@ class Evaluator:
             "sampling": asdict(self._sampling()), "problems": fingerprint(self.benchmarks[benchmark.name]),
             "prompts": {"template": self.config.data.prompt_template, "system": self.config.data.system_prompt,
                         "chat_template_kwargs": self.config.data.chat_template_kwargs},
-            "grader": self.config.grading.function or "built-in"}
+            "grader": self.config.grading.function or "built-in", "engine": self.config.rollout.engine, "dtype": self.config.model.dtype}
         return SampleStore(store_path(self.directory, step, benchmark.name), header)
 
-    def _complete(self, benchmark: BenchmarkConfig, store: SampleStore | None) -> None:
-        """Sample and grade the problems that are not stored yet, a part at a time."""
+    def _complete(self, benchmark: BenchmarkConfig, store: SampleStore | None) -> dict[str, int]:
+        """Sample and grade the problems that are not stored yet, a part at a time. How often the grader failed on them, scoring 0."""
+        failures = {"grader_timeouts": 0, "grader_crashes": 0}
         problems = self.benchmarks[benchmark.name]
         missing = agreed(None if store is None else [i for i, p in enumerate(problems) if not store.complete(p.id)])
         at_once = max(1, self.config.evaluation.samples_at_once // benchmark.samples)
@@ -83,11 +85,14 @@ class Evaluator:
             groups = generate_groups(
                 self.engine, part, [self.prompts.student_prompt(p) for p in part], sampling=self._sampling(), group_size=benchmark.samples,
                 seed=self.config.run.seed + EVALUATION_SEED, step=0, decode=self.decode, finished=grading)
-            graded_groups = grading.complete(groups, self.config.privileged).groups
+            graded = grading.complete(groups, self.config.privileged)
+            failures["grader_timeouts"] += graded.timeouts
+            failures["grader_crashes"] += graded.crashes
             if store is not None:
-                store.append({group.problem.id: _rows(group) for group in graded_groups})
+                store.append({group.problem.id: _rows(group) for group in graded.groups})
                 if len(missing) > at_once:
                     _log.info("evaluation of %s: %d of %d problems", benchmark.name, len(problems) - len(missing) + start + len(part), len(problems))
+        return failures
 
     def _sampling(self) -> Sampling:
         settings = self.config.evaluation

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,16 +17,18 @@ from megatron_antisd.config import BenchmarkConfig, ConfigError, RunConfig, load
 from megatron_antisd.data import ProblemDataError, load_problems
 from megatron_antisd.data.problems import fingerprint
 from megatron_antisd.evaluation.statistics import summarise
-from megatron_antisd.evaluation.store import SampleStore, StoreError, graded, read_samples
+from megatron_antisd.evaluation.store import SampleStore, StoreError, graded_sample, read_samples
 from megatron_antisd.evaluation.votes import final_vote
-from megatron_antisd.grading import GradingError
+from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.grading.building import build_pool
+from megatron_antisd.grading.groups import feedback_of, task_of
 from megatron_antisd.grading.verdict import GradingTask, Verdict
 from megatron_antisd.metrics import MetricsError, read_rows
 from megatron_antisd.metrics.files import EVALUATIONS, METRICS
 from megatron_antisd.records import Problem
 
 CONFIG = "config.yaml"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +37,12 @@ class Regraded:
 
     path: Path
     step: int
-    samples: int
     changed: int
     """Samples whose reward is another one now."""
     before: dict[str, float]
     after: dict[str, float]
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="directory with evaluations/ and config.yaml: a run's, or its evaluation/")
     parser.add_argument("--config", type=Path, help="another configuration than RUN/config.yaml (its benchmarks' files and its grading are used)")
     parser.add_argument("--benchmark", action="append", default=[], help="only this one; may be repeated")
-    parser.add_argument("--write", action="store_true", help="replace samples and metrics (the old files are kept as *.before-regrading)")
+    parser.add_argument("--write", action="store_true", help="replace samples and metrics (the old files are kept as *.before-regrading-N)")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     try:
         config = load_config(options.config or options.run / CONFIG)
@@ -56,14 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for result in results:
         key = next(key for key in result.after if "/avg@" in key)
-        print(f"{result.path}: {result.changed} of {result.samples} rewards changed, {key} {result.before[key]:.4f} -> {result.after[key]:.4f}")
+        print(f"{result.path}: {result.changed} of {len(result.rows)} rewards changed, {key} {result.before[key]:.4f} -> {result.after[key]:.4f}")
     if not options.write:
         print("nothing was written; --write replaces the samples and the metrics")
     return 0
 
 
 def regrade(run: Path, config: RunConfig, only: Sequence[str] = (), *, write: bool) -> list[Regraded]:
-    """Every stored benchmark of every step, or those of `only`. Raises StoreError where samples and problems do not belong together."""
+    """Every stored benchmark of every step, or those of `only`; evaluations that are not finished are left out with a warning. All is graded
+    before anything is written. Raises StoreError where samples and problems do not belong together, GradingError where answers ran out
+    of time or broke the grader, which is no verdict on them."""
     by_name = {benchmark.name: benchmark for benchmark in config.evaluation.benchmarks}
     unknown = sorted({*only} - {*by_name})
     if unknown:
@@ -71,48 +78,63 @@ def regrade(run: Path, config: RunConfig, only: Sequence[str] = (), *, write: bo
     paths = [path for path in sorted(run.glob(f"{EVALUATIONS}/step_*/*.jsonl")) if path.stem in by_name and (not only or path.stem in only)]
     if not paths:
         raise StoreError(f"{run} holds no samples of {sorted(only or by_name)} ({EVALUATIONS}/step_*/<benchmark>.jsonl); evaluate it first")
+    if write and not (run / METRICS).is_file():
+        raise StoreError(f"{run} has no {METRICS} in which the figures could be replaced")
     problems = {name: load_problems([benchmark.path]) for name, benchmark in by_name.items() if any(path.stem == name for path in paths)}
     results = []
     with build_pool(config.grading, [problem for each in problems.values() for problem in each]) as pool:
         for path in paths:
             header, rows = read_samples(path)
-            tasks, ordered = _tasks(path, by_name[path.stem], problems[path.stem], header, rows)
-            results.append(_settle(path, config, header, ordered, pool.grade_many(tasks).verdicts, problems[path.stem], write=write))
+            if len(rows) < len(problems[path.stem]) * header["samples"]:
+                _log.warning("%s is left out: it holds %d of %d samples, the evaluation is not finished", path, len(rows),
+                             len(problems[path.stem]) * header["samples"])
+                continue
+            tasks = _tasks(path, by_name[path.stem], problems[path.stem], rows)
+            results.append(_regraded(path, config, header, rows, _verdicts(path, pool, tasks), problems[path.stem]))
     if write:
+        for result in results:
+            _keep(result.path)
+            SampleStore(result.path, read_samples(result.path)[0]).replace(_by_problem(result.rows), result.header)
         _rewrite_metrics(run / METRICS, results)
     return results
 
 
-def _tasks(path: Path, benchmark: BenchmarkConfig, problems: Sequence[Problem], header: Mapping[str, Any],
-           rows: Sequence[Mapping[str, Any]]) -> tuple[list[GradingTask], list[Mapping[str, Any]]]:
+def _verdicts(path: Path, pool: GradingPool, tasks: Sequence[GradingTask]) -> tuple[Verdict, ...]:
+    report = pool.grade_many(tasks)
+    if report.timeouts or report.crashes:
+        raise GradingError(f"{path}: {report.timeouts} answers ran out of time and {report.crashes} broke the grader; nothing was written. On a busy "
+                           "machine raise grading.timeout_seconds in the configuration given with --config")
+    return report.verdicts
+
+
+def _tasks(path: Path, benchmark: BenchmarkConfig, problems: Sequence[Problem], rows: Sequence[Mapping[str, Any]]) -> list[GradingTask]:
     by_id = {problem.id: problem for problem in problems}
     strangers = sorted({row["problem_id"] for row in rows} - by_id.keys())
     if strangers:
-        raise StoreError(f"{path} holds samples of problem {strangers[0]!r}, which is not in {benchmark.path}; use the file they were "
-                         "drawn from")
-    if len(rows) != len(problems) * header["samples"]:
-        raise StoreError(f"{path} holds {len(rows)} samples, expected {len(problems)} x {header['samples']}: the evaluation is not finished")
-    tasks = [GradingTask(response=row["text"], answer=by_id[row["problem_id"]].answer, tests=by_id[row["problem_id"]].tests) for row in rows]
-    return tasks, list(rows)
+        raise StoreError(f"{path} holds samples of problem {strangers[0]!r}, which is not in {benchmark.path}; use the file they were drawn from")
+    return [task_of(row["text"], by_id[row["problem_id"]]) for row in rows]
 
 
-def _settle(path: Path, config: RunConfig, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict],
-            problems: Sequence[Problem], *, write: bool) -> Regraded:
-    feedback = config.privileged
+def _regraded(path: Path, config: RunConfig, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict],
+              problems: Sequence[Problem]) -> Regraded:
     tests = {problem.id: problem.tests for problem in problems}
     after = [{**row, "reward": verdict.reward, "answer": final_vote(row["text"], tests[row["problem_id"]]),
-              "feedback": verdict.feedback or (feedback.correct if verdict.reward >= 1.0 else feedback.incorrect)}
-             for row, verdict in zip(rows, verdicts, strict=True)]
-    if write:
-        shutil.copy2(path, path.with_name(path.name + ".before-regrading"))
-        SampleStore(path, header).replace(_by_problem(after), {**header, "problems": fingerprint(problems),
-                                                               "grader": config.grading.function or "built-in"})
-    return Regraded(path=path, step=header["step"], samples=len(rows), before=_summary(header, rows), after=_summary(header, after),
-                    changed=sum(old["reward"] != new["reward"] for old, new in zip(rows, after, strict=True)))
+              "feedback": feedback_of(verdict, config.privileged)} for row, verdict in zip(rows, verdicts, strict=True)]
+    return Regraded(path=path, step=header["step"], changed=sum(old["reward"] != new["reward"] for old, new in zip(rows, after, strict=True)),
+                    before=_summary(header, rows), after=_summary(header, after), rows=after,
+                    header={**header, "problems": fingerprint(problems), "grader": config.grading.function or "built-in"})
+
+
+def _keep(path: Path) -> None:
+    """A copy of a file that is about to be replaced, under a name that is free: the first one is the original."""
+    number = 1
+    while (old := path.with_name(f"{path.name}.before-regrading-{number}")).exists():
+        number += 1
+    shutil.copy2(path, old)
 
 
 def _summary(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return summarise(header["benchmark"], [[graded(row) for row in samples] for samples in _by_problem(rows).values()])
+    return summarise(header["benchmark"], [[graded_sample(row) for row in samples] for samples in _by_problem(rows).values()])
 
 
 def _by_problem(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -127,7 +149,7 @@ def _rewrite_metrics(path: Path, results: Sequence[Regraded]) -> None:
     new: dict[int, dict[str, float]] = {}
     for result in results:
         new.setdefault(result.step, {}).update(result.after)
-    shutil.copy2(path, path.with_name(path.name + ".before-regrading"))
+    _keep(path)
     lines = []
     for row in read_rows(path):
         if any(key.startswith("eval/") for key in row) and row["step"] in new:
@@ -135,7 +157,10 @@ def _rewrite_metrics(path: Path, results: Sequence[Regraded]) -> None:
             row = {**{key: value for key, value in row.items() if key.split("/")[1:2] not in [[b] for b in benchmarks]}, **new[row["step"]]}
         lines.append(json.dumps(row, allow_nan=False) + "\n")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines))
+    with temporary.open("w") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

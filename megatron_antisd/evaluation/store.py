@@ -7,6 +7,7 @@ from what is asked for now are moved aside, never mixed in.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,10 @@ from megatron_antisd.metrics.files import EVALUATIONS
 _log = logging.getLogger(__name__)
 
 SAMPLE_KEYS = {"problem_id", "index", "reward", "feedback", "truncated", "tokens", "answer", "text"}
+
+
+DIGESTED_BYTES = 1 << 16
+"""At each end of a file of weights."""
 
 
 class StoreError(ValueError):
@@ -97,9 +102,23 @@ class SampleStore:
         temporary.replace(self.path)
 
 
-def graded(row: Mapping[str, Any]) -> GradedSample:
+def graded_sample(row: Mapping[str, Any]) -> GradedSample:
     """A stored sample as the summary takes it: correct is a reward of 1."""
     return GradedSample(correct=row["reward"] >= 1.0, truncated=row["truncated"], tokens=row["tokens"], answer=row["answer"])
+
+
+def weights_name(path: Path) -> str:
+    """Names a directory's weights by their content: a digest of the files' names, sizes, beginnings and ends. A copy has the same name; reading
+    60 GB whole would take longer than many an evaluation."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("tensors/*"), *path.glob("manifest.json")]):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(DIGESTED_BYTES))
+            content.seek(max(0, size - DIGESTED_BYTES))
+            digest.update(content.read(DIGESTED_BYTES))
+    return f"weights {digest.hexdigest()[:16]}"
 
 
 def store_path(directory: Path, step: int, benchmark: str) -> Path:
@@ -118,6 +137,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}, expected an object")
             if number > 1 and set(row) != SAMPLE_KEYS:
                 raise ValueError(f"keys {sorted(row)}, expected {sorted(SAMPLE_KEYS)}")
             parsed.append(row)

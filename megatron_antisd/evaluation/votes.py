@@ -9,4 +9,4 @@ from megatron_antisd.records import CodeTests
 def final_vote(response: str, tests: CodeTests | None) -> str | None:
     """The response's final answer as written; None where it gives none, and for programs, whose answers cannot be counted."""
     answer = None if tests is not None else final_answer(response)
-    return None if answer is None else answer.text
+    return None if answer is None else answer.joined or answer.text

@@ -1,4 +1,4 @@
-"""Grade groups of rollouts: every rank its share, all results on every rank; afterwards, or while the engine still decodes."""
+"""Grade groups of rollouts while the engine still decodes others: every rank its share, all results on every rank."""
 
 from __future__ import annotations
 
@@ -25,14 +25,6 @@ class GradedGroups:
     """From the first answer given to a grader of this rank until the engine was done: grading that the step did not wait for."""
 
 
-def grade_groups(groups: Sequence[RolloutGroup], pool: GradingPool, feedback: PrivilegedConfig) -> GradedGroups:
-    """Set reward and feedback of every rollout. Collective when torch.distributed is initialised."""
-    tasks = [task_of(rollout.text, group.problem) for group in groups for rollout in group.rollouts]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = range(rank, len(tasks), world)
-    return _gathered(groups, mine, pool.grade_many([tasks[index] for index in mine]), feedback)
-
-
 class EarlyGrading:
     """Grades rollouts while the engine still decodes others. Give the object itself to `generate_groups` as `finished`.
 
@@ -54,7 +46,9 @@ class EarlyGrading:
             self._grading.poll()
 
     def complete(self, groups: Sequence[RolloutGroup], feedback: PrivilegedConfig) -> GradedGroups:
-        """Wait for what is not graded yet; as `grade_groups`. Raises RuntimeError where the engine did not report every rollout once."""
+        """Wait for what is not graded yet, then set reward and feedback of every rollout. Collective.
+
+        Raises RuntimeError where the engine did not report every rollout once."""
         hidden = 0.0 if self._started is None else time.perf_counter() - self._started
         return replace(_gathered(groups, self._indices, self._grading.report(), feedback), hidden_seconds=hidden)
 
@@ -81,5 +75,11 @@ def _gathered(groups: Sequence[RolloutGroup], indices: Sequence[int], mine: Grad
 
 
 def _with_verdict(rollout: Rollout, verdict: Verdict, feedback: PrivilegedConfig) -> Rollout:
-    usual = feedback.correct if verdict.reward >= 1.0 else feedback.incorrect
-    return rollout.graded(verdict.reward, usual if verdict.feedback is None else verdict.feedback)
+    return rollout.graded(verdict.reward, feedback_of(verdict, feedback))
+
+
+def feedback_of(verdict: Verdict, usual: PrivilegedConfig) -> str:
+    """What the teacher is told: the grader's own words, or the usual ones."""
+    if verdict.feedback is not None:
+        return verdict.feedback
+    return usual.correct if verdict.reward >= 1.0 else usual.incorrect

@@ -4,8 +4,8 @@ Steps count from 1: step `s` is the s-th policy update. An evaluation at step `s
 the untrained policy. Training and evaluation of one step are two lines of metrics.jsonl, `{"step": s, "reward_mean": ...}` and
 `{"step": s, "eval/<benchmark>/avg@k": ...}`; `read_metrics` merges them.
 
-For a resumed run to write what an uninterrupted one writes, the loop does in this order: `log(s)`, `log_evaluation(s)`,
-`log_samples(s)`, and then the checkpoint of step `s`; a resume from it passes `resume_step = s + 1`.
+For a resumed run to write what an uninterrupted one writes, the loop does in this order: `log(s)`, the checkpoint of step `s`, `log_samples(s)`,
+`log_evaluation(s)`; a resume from it passes `resume_step = s + 1`, and makes up for the evaluation of `s` where `has_evaluation(s)` is false.
 Only one rank writes; on the others every method does nothing.
 """
 

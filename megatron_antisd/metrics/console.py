@@ -38,7 +38,8 @@ class ConsoleLog:
             self._bar.update(self._task, completed=step)
 
     def evaluation(self, step: int, values: Mapping[str, Value]) -> None:
-        accuracy = "  ".join(f"{key.removeprefix('eval/')} {_number(v, '.3f')}" for key, v in values.items() if is_accuracy(key))
+        shown = {key: value for key, value in values.items() if key.rsplit("/", 1)[-1].startswith(("avg@", "majority@"))}
+        accuracy = "  ".join(f"{key.removeprefix('eval/')} {_number(v, '.3f')}" for key, v in shown.items())
         self._print(f"[{step:>{len(str(self._total))}}/{self._total}] evaluation: {accuracy}")
 
     def close(self) -> None:

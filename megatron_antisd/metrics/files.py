@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID = "metrics.jsonl", "samples.jsonl", "token_u.jsonl", "tensorboard", "wandb_id.txt"
 ROLLOUTS, EVALUATIONS = "rollouts", "evaluations"
+STEP_0 = "step_000000"
 CHECKPOINTS = "checkpoints"  # written elsewhere; an earlier run's must not be taken for a new run's
 PROFILE = "profile"
 RUN_FILES = (METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID, ROLLOUTS, EVALUATIONS, CHECKPOINTS, PROFILE)
@@ -28,27 +29,23 @@ class MetricsError(ValueError):
 
 
 class JsonLines:
-    """Appends rows to a file, which is made at the first row. What `append` returned from, survives a crash."""
+    """Appends rows to a file, which is made at the first row. What `append` returned from, survives a crash. The file is opened anew each
+    time: a command may have replaced it meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: Any = None
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows:
             return
         text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
-        if self._file is None:
-            self._file = self._path.open("ab")
+        new = not self._path.is_file()
+        with self._path.open("ab") as file:
+            file.write(text.encode("utf-8", errors="replace"))  # a lone surrogate in sampled text is no reason to stop
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
             _sync_directory(self._path.parent)
-        self._file.write(text.encode("utf-8", errors="replace"))  # a lone surrogate in sampled text is no reason to stop
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -73,9 +70,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def remove_from_step(path: Path, step: int) -> None:
     """Atomically remove the rows with `step` and later, and a last line cut off by a crash. What is kept, is kept byte by byte."""
+    _keep_rows(path, lambda row: row["step"] < step)
+
+
+def remove_step(path: Path, step: int) -> None:
+    """Atomically remove the rows of one step, and a last line cut off by a crash."""
+    _keep_rows(path, lambda row: row["step"] != step)
+
+
+def _keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     if not path.is_file():
         return
-    kept = b"".join(line + b"\n" for line, row in _parse(path) if row["step"] < step)
+    kept = b"".join(line + b"\n" for line, row in _parse(path) if keep(row))
     if kept == path.read_bytes():
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -119,9 +125,10 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
-def move_aside(directory: Path, keep: Sequence[str] = ()) -> None:
-    """Rename an earlier run's files in `directory` to `<name>.old-<n>`, so that a new run starts with none but those of `keep`."""
-    present = [directory / name for name in RUN_FILES if name not in keep and (directory / name).exists()]
+def move_aside(directory: Path) -> None:
+    """Rename an earlier run's files in `directory` to `<name>.old-<n>`, so that a new run starts with none. The samples of step 0 stay: they are
+    of the weights that a run starts from, and taken only where those are the same."""
+    present = [directory / name for name in RUN_FILES if (directory / name).exists()]
     if not present:
         return
     number = 1
@@ -129,6 +136,9 @@ def move_aside(directory: Path, keep: Sequence[str] = ()) -> None:
         number += 1
     for path in present:
         path.rename(path.with_name(f"{path.name}.old-{number}"))
+    first = directory / f"{EVALUATIONS}.old-{number}" / STEP_0
+    if first.is_dir():
+        shutil.copytree(first, directory / EVALUATIONS / STEP_0)
     _log.warning("%s held an earlier run's %s; moved to *.old-%d", directory, ", ".join(p.name for p in present), number)
 
 

@@ -22,6 +22,7 @@ from megatron_antisd.metrics.files import (
     move_aside,
     read_rows,
     remove_from_step,
+    remove_step,
     remove_steps,
 )
 from megatron_antisd.metrics.scored_rollouts import write_scored
@@ -45,20 +46,24 @@ TOKEN_U_KEYS = ("kind", "mean_u", "count")
 class MetricsWriter:
     """Writes the files of one run directory. Use as a context manager, or call `close()`.
 
-    `resume_step` is the first step that will run again: rows from it on are removed from the files. None starts a new run: files
-    of an earlier one in the same directory are moved aside, not deleted; `keep_evaluations` leaves an evaluation's samples where they are.
+    `resume_step` is the first step that will run again: rows from it on are removed from the files. None starts a new run: files of an earlier
+    one in the same directory are moved aside, not deleted. `evaluation_alone`: nothing but evaluations is written, and one of a step
+    replaces that step's earlier one.
     """
 
     def __init__(
         self, directory: Path, *, config: LoggingConfig, total_steps: int, resume_step: int | None, run_name: str, is_writer: bool,
-        keep_evaluations: bool = False,
+        evaluation_alone: bool = False,
     ) -> None:
         self._is_writer = is_writer
         if not is_writer:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
-            move_aside(directory, keep=(EVALUATIONS,) if keep_evaluations else ())
+        self._evaluation_alone = evaluation_alone
+        if evaluation_alone:
+            pass
+        elif resume_step is None:
+            move_aside(directory)
         else:
             for name in (METRICS, SAMPLES, TOKEN_U):
                 remove_from_step(directory / name, resume_step)
@@ -107,7 +112,10 @@ class MetricsWriter:
                 raise MetricsError(f"evaluation at step {step}: key {key!r} must begin with 'eval/', e.g. 'eval/aime24/avg@32'")
             if is_accuracy(key) and value is not None and not 0 <= value <= 1:
                 raise MetricsError(f"evaluation at step {step}: {key} is {value}, expected a fraction from 0 to 1")
-        self._check_order(step, self._last_evaluation, "evaluation")
+        if self._evaluation_alone:
+            remove_step(self._directory / METRICS, step)
+        else:
+            self._check_order(step, self._last_evaluation, "evaluation")
         self._write(step, dict(values))
         self._last_evaluation = step
         self._console.evaluation(step, values)
@@ -118,7 +126,8 @@ class MetricsWriter:
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Append decoded rollouts of an evaluation to samples.jsonl: SAMPLE_KEYS and whatever else is JSON."""
-        if self._is_writer:
+        if self._is_writer and samples:
+            remove_step(self._directory / SAMPLES, step)  # of an evaluation that was interrupted behind them
             self._samples.append([_checked_row(step, row, SAMPLE_KEYS, SAMPLES) for row in samples])
 
     def log_rollouts(self, step: int, method: str, groups: Sequence[ScoredGroup], token_text: Callable[[int], str]) -> None:
@@ -135,8 +144,6 @@ class MetricsWriter:
         if not self._is_writer:
             return
         self._console.close()
-        for rows in (self._metrics, self._samples, self._token_u):
-            rows.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -49,7 +49,8 @@ def code_problem(row: Mapping[str, Any], settings: SandboxSettings) -> tuple[str
 
 def is_code_row(row: Mapping[str, Any]) -> bool:
     """Whether the row's columns are those of a programming task."""
-    return "base_input" in row or {"test", "entry_point"} <= row.keys() or "test_list" in row or _inputs_and_outputs(row) is not None
+    given = {column for column, value in row.items() if value is not None}  # a file of several kinds of tasks has every column in every row
+    return "base_input" in given or {"test", "entry_point"} <= given or "test_list" in given or _inputs_and_outputs(row) is not None
 
 
 # --- EvalPlus' releases ---------------------------------------------------------------------------------------------------------------

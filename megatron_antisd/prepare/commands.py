@@ -13,7 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_antisd.config import GradingConfig
 from megatron_antisd.config.benchmarks import BENCHMARKS, DIRECTORY, PAPER, TRAINING_SETS
-from megatron_antisd.data import ProblemDataError, load_problems
+from megatron_antisd.data import load_problems
 from megatron_antisd.grading.sandbox import SandboxError, SandboxSettings
 from megatron_antisd.grading.sandbox_choice import choose_sandbox
 from megatron_antisd.prepare.decontamination import COVERAGE, NGRAM, Decontamination
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [*options.names, *(PAPER if options.paper else ())]
     try:
         if options.verify:
+            if not options.names or options.paper:
+                raise PrepareError("--verify: name the files to check, such as data/aime2024.jsonl")
             for path in options.names:
                 manifest = verify(Path(path))
                 print(f"{path}: {manifest['problems']} problems, as prepared from {manifest['source']['name']}")
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise PrepareError(f"--from and --output are of one data set, but {len(names)} were named: {', '.join(names)}")
         for name in names:
             _prepare(name, options)
-    except (PrepareError, ProblemDataError, SandboxError) as error:
+    except (SandboxError, OSError, ValueError) as error:  # PrepareError and ProblemDataError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -74,11 +76,13 @@ def _prepare(name: str, options: argparse.Namespace) -> None:
     subset = options.subset or (registered.subset if registered and not options.source else None)
     split = options.split or (registered.split if registered else "train")
     output = options.output or Path(DIRECTORY) / f"{name}.jsonl"
-    against = {_benchmark_name(given): _benchmark_path(given) for given in options.decontaminate}
+    against = _benchmarks(options.decontaminate)
     decontamination = None
     if against:
         decontamination = Decontamination({key: load_problems([path]) for key, path in against.items()}, ngram=options.ngram,
                                           coverage=options.coverage)
+    if output.suffix != ".jsonl":
+        raise PrepareError(f"--output {output}: JSON lines are written, so the name must end in .jsonl")
     source, rows = open_source(where, subset, split)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
         task = bar.add_task(f"{name}: reading")
@@ -107,8 +111,15 @@ def _columns(given: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def _benchmark_name(given: str) -> str:
-    return Path(given).stem
+def _benchmarks(given: Sequence[str]) -> dict[str, Path]:
+    """Name -> file. Benchmarks are counted by name, so two files of one name cannot be told apart."""
+    found: dict[str, Path] = {}
+    for text in given:
+        path = _benchmark_path(text)
+        if path.stem in found:
+            raise PrepareError(f"--decontaminate: {found[path.stem]} and {path} are both called {path.stem!r}; rename one")
+        found[path.stem] = path
+    return found
 
 
 def _benchmark_path(given: str) -> Path:

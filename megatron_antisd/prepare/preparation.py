@@ -86,7 +86,7 @@ def _code_problem(row: Mapping[str, Any], name: str, number: int, sandbox: Setti
         prompt, tests = code_problem(row, sandbox())
         return Problem(id=identifier_of(row, name, number), prompt=required_text(prompt, f"row {number}", "prompt"), answer="", tests=tests,
                        solution=None, source=str(row.get("source") or row.get("data_source") or ""))
-    except (CodeRowError, ProblemDataError) as error:
+    except (CodeRowError, ProblemDataError, ValueError, TypeError, KeyError, AttributeError) as error:  # a row of any shape may come
         raise Dropped(BAD_TESTS, f"row {number}: {error}") from error
 
 

@@ -20,6 +20,7 @@ ANSWER = ("answer", "expectedanswer", "finalanswer", "shortanswer")
 SOLUTION = ("solution", "samplesolution", "referencesolution")
 IDENTIFIER = ("id", "uniqueid", "problemid", "problemidx", "taskid")
 
+GSM8K_ANSWER = "\n#### "
 NO_ANSWER, NO_TEXT, NOT_TEXT = "no answer", "no problem text", "a value of the wrong kind"
 
 
@@ -74,10 +75,14 @@ def _verl(row: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _split_gsm8k(fields: dict[str, Any]) -> None:
+    """The answer apart; the solution with its answer in a box, as graders and teachers want it."""
     answer = fields.get("answer")
-    if isinstance(answer, str) and "\n#### " in answer:
-        solution, _, final = answer.rpartition("\n#### ")
-        fields["solution"], fields["answer"] = solution, final.strip().replace(",", "")
+    if isinstance(answer, str) and GSM8K_ANSWER in answer:
+        fields["solution"], fields["answer"] = answer, answer.rpartition(GSM8K_ANSWER)[2].strip().replace(",", "")
+    solution = fields.get("solution")
+    if isinstance(solution, str) and GSM8K_ANSWER in solution:
+        fields.setdefault("answer", solution.rpartition(GSM8K_ANSWER)[2].strip())
+        fields["solution"] = f"{solution.rpartition(GSM8K_ANSWER)[0]}\nThe answer is \\boxed{{{fields['answer']}}}."
 
 
 def _box_of_solution(fields: dict[str, Any]) -> None:

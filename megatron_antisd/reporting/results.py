@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_antisd.metrics import MetricsError
-from megatron_antisd.reporting.compare import ALL_BASES, BASELINE, Comparison, MethodResult, compare_loaded
+from megatron_antisd.reporting.compare import ALL_BASES, BASELINE, ROUNDING, Comparison, MethodResult, compare_loaded
 from megatron_antisd.reporting.figures import MAX_GATES, plot_gates, plot_pass_at_k
 from megatron_antisd.reporting.intervals import Estimate, estimate
 from megatron_antisd.reporting.page import Section, Table, html_page, markdown_page
@@ -152,7 +152,7 @@ def _figure_3(runs: Sequence[RunData], comparison: Comparison, choices: Choices,
         raise MetricsError(f"no run was evaluated on {name!r}; the runs have {sorted(largest)}")
     if not largest[name]:
         return Section(title=title, text=(f"The runs recorded no pass@k on {name} at their best steps.",))
-    sizes = [2**power for power in range(largest[name].bit_length())]
+    sizes = sorted({*(2**power for power in range(largest[name].bit_length())), largest[name]})
     rows = []
     for run, summary in zip(runs, comparison.runs, strict=True):
         curve = run.pass_at(name, best[run.directory])
@@ -168,7 +168,7 @@ def _figure_3(runs: Sequence[RunData], comparison: Comparison, choices: Choices,
 
 def _best_step(run: RunData, benchmark: str | None) -> int:
     accuracy = run.accuracy(benchmark)
-    return max(accuracy, key=lambda step: (accuracy[step], -step))
+    return max(accuracy, key=lambda step: (round(accuracy[step], ROUNDING), -step))
 
 
 def _pass_cell(point: tuple[float, float | None, float | None] | None) -> str:

@@ -10,6 +10,10 @@ from pathlib import Path
 from megatron_antisd.records import Rollout, RolloutGroup, problem_from_json
 
 
+class ReplayError(ValueError):
+    """A file of saved rollouts cannot be read; the message names the line."""
+
+
 def save_rollouts(directory: str | Path, step: int, groups: Sequence[RolloutGroup]) -> None:
     """Write `directory/step_000001.jsonl`, a group a line; whole or not at all."""
     path = _path(directory, step)
@@ -30,8 +34,14 @@ def load_rollouts(directory: str | Path, step: int) -> list[RolloutGroup]:
 
 
 def read_rollouts(path: Path) -> list[RolloutGroup]:
-    """The groups of one file."""
-    return [_group(json.loads(line)) for line in path.read_text().split("\n") if line]
+    """The groups of one file. Raises ReplayError naming the line that holds none."""
+    groups = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            groups += [_group(json.loads(line))] if line else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ReplayError(f"{path} line {number} holds no group of rollouts ({type(error).__name__}: {error}): {line[:80]!r}") from error
+    return groups
 
 
 def _group(row: dict) -> RolloutGroup:

@@ -90,6 +90,7 @@ def test_defects_and_alarms_are_printed_and_change_the_exit_status(
 def test_what_cannot_be_audited(saved: tuple[Path, list[ScoredGroup]], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run, _ = saved
     (tmp_path / "step_000001.jsonl").write_text('{"token_text": 5}\n')
+    (tmp_path / "step_000002.jsonl").write_text("[1]\n")
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "step_000001.jsonl").write_text((run / "saved/step_000004.jsonl").read_text())
@@ -97,6 +98,7 @@ def test_what_cannot_be_audited(saved: tuple[Path, list[ScoredGroup]], capsys: p
         ([tmp_path / "gone"], "holds no saved rollouts"), ([run, "--step", "3"], "it has steps [2, 4]"), ([alone], "no config.yaml in the folders"),
         ([run, "--problem", "gone"], "not among the problems"), ([run, "--model", tmp_path], "has no config.json"),
         ([tmp_path / "step_000001.jsonl", "--config", run / "config.yaml"], "line 1 holds no header"),
+        ([tmp_path / "step_000002.jsonl", "--config", run / "config.yaml"], "line 1 holds no group of rollouts"),
     ):
         assert main([str(a) for a in arguments]) == 2, arguments
         captured = capsys.readouterr()

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from tiny_world import World, configuration, launch, make_world, train, write
 
+from megatron_antisd.config import ConfigError
 from megatron_antisd.evaluation.store import read_samples
 from megatron_antisd.metrics import read_metrics, read_rows
+from megatron_antisd.reporting import load_run
 
 PREFIX = "eval/held-out/"
 
@@ -40,6 +42,26 @@ def alone(world: World, name: str, ranks: int = 1, **sections: dict[str, Any]) -
     done = launch(ranks, "-m", "megatron_antisd.evaluate", write(raw, world.root / f"{name}.yaml"))
     assert done.returncode == 0, done.stdout[-6000:]
     return world.root / name / "evaluation", done.stdout
+
+
+def test_a_runs_directory_means_its_newest_checkpoint_and_other_weights_mean_those(world: World, trained: Path, tmp_path: Path) -> None:
+    """Two evaluations of one directory stand side by side; a directory whose checkpoints are all damaged is an error, not a step 0."""
+    import shutil
+
+    from megatron_antisd.config import load_config
+    from megatron_antisd.evaluation.standalone import _step_of, _with_newest_checkpoint
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("hf"))
+    own = load_config(run / "config.yaml", [f"run.directory={run}"])
+    assert _with_newest_checkpoint(own).model.path == str(run / "checkpoints/step_000002")
+    assert _step_of(run / "checkpoints/step_000002") == 2 and _step_of(world.checkpoint) == 0
+    first = load_config(run / "config.yaml", [f"run.directory={run}", f"model.path={run}/checkpoints/step_000001"])
+    assert _with_newest_checkpoint(first) == first
+    for path in run.glob("checkpoints/*/manifest.json"):
+        path.write_text("{")
+    with pytest.raises(ConfigError, match="none of them whole"):
+        _with_newest_checkpoint(own)
 
 
 def only_row(directory: Path) -> dict[str, Any]:
@@ -142,7 +164,15 @@ def test_samples_are_graded_again_without_an_engine(world: World, trained: Path,
     assert all(s["reward"] == 1.0 for s in again if s["index"] == 0 and s["answer"] is not None)
     row = next(row for row in read_metrics(run / "metrics.jsonl") if row["step"] == 0)
     assert row[f"{PREFIX}avg@4"] == pytest.approx(sum(s["reward"] for s in again) / len(again))
-    assert (run / "metrics.jsonl.before-regrading").read_text() == metrics
+    assert (run / "metrics.jsonl.before-regrading-1").read_text() == metrics, "the original stays, however often one grades again"
+    assert {path: path.with_name(path.name + ".before-regrading-1").read_bytes() for path in samples} == samples
+    before = (run / "metrics.jsonl").read_text()
+    unfinished = run / "evaluations/step_000002/held-out.jsonl"
+    unfinished.write_bytes(b"".join(unfinished.read_bytes().splitlines(keepends=True)[:-1]))
+    assert main([str(run), "--config", str(other), "--write"]) == 0 and "step_000002" not in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == before
+    unfinished.write_text("[1]\n")
+    assert main([str(run)]) == 1 and "line 1 is no header (a list, expected an object)" in capsys.readouterr().err
 
     assert main([str(run), "--benchmark", "gone"]) == 1 and "the configuration has ['held-out']" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 1 and "no configuration file" in capsys.readouterr().err
@@ -155,6 +185,7 @@ def test_programming_tasks_go_to_the_sandbox(world: World, trained: Path) -> Non
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     directory, output = alone(world, "code", model={"path": str(trained / "hf")}, rollout={"engine": "megatron"},
                               evaluation={"benchmarks": [{"name": "code", "path": str(path), "samples": 3}]})
+    assert load_run(directory).benchmarks == ["eval/code/avg@3"], "its directory can be reported and graded again"
     assert "sandbox" in output, "which protections there are is said at the start"
     row, (_, samples) = only_row(directory), read_samples(directory / "evaluations/step_000000/code.jsonl")
     assert len(samples) == 6 and {s["answer"] for s in samples} == {None} and {s["reward"] for s in samples} == {0.0}

@@ -19,7 +19,7 @@ from megatron_antisd.grading.code import check_tests, count_passed, grade_code, 
 from megatron_antisd.grading.compare import matches, same_text
 from megatron_antisd.grading.encoding import Opaque, decode, encode
 from megatron_antisd.grading.extraction import extract_program
-from megatron_antisd.grading.groups import grade_groups
+from megatron_antisd.grading.groups import EarlyGrading
 from megatron_antisd.grading.literals import parse_literal, to_literal
 from megatron_antisd.grading.sandbox import SandboxSettings
 from megatron_antisd.grading.sandbox_choice import probe
@@ -232,7 +232,9 @@ def test_groups_of_math_and_code_together() -> None:
         for i, text in enumerate(pair))) for problem, pair in zip(problems, texts, strict=True)]
     feedback = PrivilegedConfig()
     with build_pool(GradingConfig(), problems) as pool:
-        graded = grade_groups(groups, pool, feedback).groups
+        grading = EarlyGrading(pool, problems, 2, lambda ids: texts[ids[0]][ids[1]])
+        grading([(2 * i + j, (i, j)) for i in range(2) for j in range(2)])
+        graded = grading.complete(groups, feedback).groups
     assert [[rollout.reward for rollout in group.rollouts] for group in graded] == [[1.0, 0.0], [0.75, 0.0]]
     assert [rollout.feedback for group in graded for rollout in group.rollouts] == [
         feedback.correct, feedback.incorrect, "Your code passes 3 of 4 test cases.", "Your answer contains no code block."]

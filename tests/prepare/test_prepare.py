@@ -40,7 +40,9 @@ def verl(text: str, answer: Any, index: Any = "i-1") -> dict[str, Any]:
     ({"problem": "P?", "level": "Level 5", "type": "Algebra", "solution": "First \\boxed{1}. So \\boxed{\\frac{2}{3}}."},
      ("n-00007", "P?", "\\frac{2}{3}", "First \\boxed{1}. So \\boxed{\\frac{2}{3}}.")),
     # openai/gsm8k
-    ({"question": "Q?", "answer": "She has <<2*9=18>>18.\n#### 1,018"}, ("n-00007", "Q?", "1018", "She has <<2*9=18>>18.")),
+    ({"question": "Q?", "answer": "She has <<2*9=18>>18.\n#### 1,018"},
+     ("n-00007", "Q?", "1018", "She has <<2*9=18>>18.\nThe answer is \\boxed{1018}.")),
+    ({"question": "Q?", "answer": "18", "solution": "She has 18.\n#### 18"}, ("n-00007", "Q?", "18", "She has 18.\nThe answer is \\boxed{18}.")),
     # another spelling, and a boxed answer
     ({"ID": "2024-I-1", "Problem": "P?", "Answer": "$\\boxed{5}$", "Solution": "S"}, ("n-2024-I-1", "P?", "5", "S")),
     # verl
@@ -107,10 +109,15 @@ def test_programming_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     broken = {**row, "task_id": "HumanEval/1", "canonical_solution": "    raise ValueError\n", "prompt": "def add(a, b):\n    \"\"\" Other. \"\"\"\n"}
     with gzip.open(tmp_path / "code.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(r) + "\n" for r in (row, apps, broken))
+    with gzip.open(tmp_path / "code.jsonl.gz", "at") as file:  # rows that are no tasks, whatever their columns
+        file.writelines(json.dumps(r) + "\n" for r in (
+            {"question": "q", "inputs": ["not json"], "outputs": ["1"], "fn_name": "f"}, {**row, "base_input": None, "test": None, "problem": "P?"},
+            {"test": "x", "entry_point": 5, "prompt": None}, {"problem": "What is 1+1?", "answer": "2", "test_list": None, "inputs": None}))
     output = tmp_path / "code.jsonl"
     status, said, _ = run(capsys, "code", "--from", tmp_path / "code.jsonl.gz", "--output", output)
-    assert status == 0 and "dropped 1: tests that cannot be read" in said
-    function, program = load_problems([output])
+    assert status == 0 and "dropped 3: tests that cannot be read" in said and "dropped 1: no answer" in said
+    function, program, plain = load_problems([output])
+    assert plain.answer == "2" and plain.tests is None
     assert function.id == "code-HumanEval/0" and function.tests.cases == (("(1, 2)", "3"), ("(0, 0)", "0"), ("([1], [2])", "[1, 2]"))
     assert program.tests.entry_point is None and program.tests.cases == (("1 2\n", "3\n"),)
 
@@ -134,13 +141,21 @@ def test_a_data_set_by_its_name_on_hugging_face(tmp_path: Path, capsys: pytest.C
     (["n", "--from", "gone.jsonl"], "no such file"), (["n", "--from", "{tmp}/rows.jsonl", "--column", "text=x"], "expected FIELD=COLUMN"),
     (["n", "--from", "{tmp}/rows.jsonl", "--decontaminate", "gone.jsonl"], "no file at gone.jsonl"),
     (["n", "--from", "{tmp}/rows.jsonl"], "none of 1 rows"),
+    (["n", "--from", "{tmp}/rows.jsonl", "--ngram", "0", "--decontaminate", "{tmp}/good.jsonl"], "ngram >= 1"),
+    (["n", "--from", "{tmp}/rows.jsonl", "--decontaminate", "{tmp}/good.jsonl", "{tmp}/other/good.jsonl"], "are both called 'good'"),
+    (["n", "--from", "{tmp}/no.jsonl.gz"], "gzip"), (["--verify"], "name the files"), (["{tmp}/good.jsonl", "--verify"], "no prepared file"),
+    (["n", "--from", "{tmp}/good.jsonl", "--output", "out.json"], "must end in .jsonl"),
     (["n", "--from", "{tmp}/broken.jsonl"], "line 2: not JSON"), (["n", "--from", "{tmp}/list.jsonl"], "line 1: holds a list"),
 ])
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"problem": "P?"}\n')
     (tmp_path / "broken.jsonl").write_text('{"problem": "P?", "answer": "1"}\n{"problem": \n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
-    output = [] if not arguments or "b" in arguments else ["--output", str(tmp_path / "out.jsonl")]
+    (tmp_path / "no.jsonl.gz").write_text("plain\n")
+    (tmp_path / "other").mkdir()
+    for folder in (tmp_path, tmp_path / "other"):
+        (folder / "good.jsonl").write_text('{"problem": "P?", "answer": "1"}\n')
+    output = [] if not arguments or "b" in arguments or "--output" in arguments else ["--output", str(tmp_path / "out.jsonl")]
     status, _, error = run(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments), *output)
     assert status == 1 and error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
@@ -155,8 +170,9 @@ def test_decontamination_by_shared_word_sequences() -> None:
     assert check.match(rewritten) == ("bench", "h")
     assert check.match("Find the number of ordered pairs (a, b) of real numbers with $a b = 360$.") is None, "a common opening"
     assert Decontamination({"bench": [held_out]}, coverage=1.0).match(held_out.prompt.replace("100", "99")) is None
-    assert check.match("what is $2 + 2$ ?") == ("bench", "s") and check.match("What is 2+2 and 3+3?") is None
+    assert check.match("what is $2 + 2$ ?") == ("bench", "s") and check.match("What is 2+3 and 2+2?") is None
     assert words("$\\frac{1}{2}$, x_1!") == ("frac", "1", "2", "x", "1")
+    assert check.match("Solve: what is 2 + 2? Explain.") == ("bench", "s"), "a short one stands in it as a whole"
     with pytest.raises(ValueError, match="coverage"):
         Decontamination({}, coverage=0)
 
