@@ -121,7 +121,8 @@ def _regraded(path: Path, config: RunConfig, header: Mapping[str, Any], rows: Se
     after = [{**row, "reward": verdict.reward, "answer": final_vote(row["text"], tests[row["problem_id"]]),
               "feedback": feedback_of(verdict, config.privileged)} for row, verdict in zip(rows, verdicts, strict=True)]
     return Regraded(path=path, step=header["step"], changed=sum(old["reward"] != new["reward"] for old, new in zip(rows, after, strict=True)),
-                    before=_summary(header, rows), after=_summary(header, after), rows=after,
+                    before=_summary(header, rows), rows=after,
+                    after=_summary(header, after) | {f"eval/{header['benchmark']}/{key}": 0 for key in ("grader_timeouts", "grader_crashes")},
                     header={**header, "problems": fingerprint(problems), "grader": config.grading.function or "built-in"})
 
 

@@ -6,7 +6,8 @@ assertions and checkers are the data set's code and run in a second sandbox, who
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import marshal
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 from megatron_antisd.grading.compare import COMPARISONS, matches, same_text
 from megatron_antisd.grading.encoding import Opaque, decode
 from megatron_antisd.grading.extraction import extract_program
-from megatron_antisd.grading.literals import parse_literal
+from megatron_antisd.grading.parsed import ParsedCases
 from megatron_antisd.grading.sandbox import (
+    MAX_FRAME_BYTES,
     MAX_OUTPUT_BYTES,
+    MAX_VALUE_BYTES,
     Sandbox,
     SandboxEndedError,
     SandboxSettings,
@@ -27,8 +30,16 @@ from megatron_antisd.grading.verdict import NO_PROGRAM, OUT_OF_TIME, GradingErro
 from megatron_antisd.records import CodeTests
 
 MAX_PROGRAM_CHARACTERS = 4 << 20
+MAX_CHECKED_BYTES = 4 << 20
+"""Of an output that a checker is given; a larger one fails its case."""
+CASES_TRIED = 3
+"""Whose expected values a checker is tried on before it judges outputs."""
+MAX_MESSAGE = 300
 CASE_FEEDBACK = "Your code passes {passed} of {count} test cases."
 NO_PROGRAM_FEEDBACK = "Your answer contains no code block."
+
+_parsed = ParsedCases()
+_tried_checkers: set[bytes] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +64,19 @@ def grade_code(response: str, tests: CodeTests, settings: SandboxSettings) -> Ve
 
 
 def count_passed(program: str, tests: CodeTests, settings: SandboxSettings) -> tuple[int, bool]:
-    """(tests passed, whether the program's time ran out)."""
+    """(tests passed, whether the program's time ran out). Raises GradingError where the checker judges no value that is expected."""
     if len(program) > MAX_PROGRAM_CHARACTERS:
         return 0, False
     passed = 0
     late = False
     if tests.cases:
-        inputs, expected = _parsed(tests.cases, tests.entry_point is not None)
+        inputs, expected = _parsed.get(tests.cases, tests.entry_point is not None)
+        if tests.checker is not None:
+            _try_checker(tests, inputs, expected, settings)
         outcomes, late = _run(program, tests, inputs, settings)
         good = [(given, outcome.value, wanted) for given, outcome, wanted in zip(inputs, outcomes, expected, strict=True) if outcome.error is None]
-        if tests.checker is not None:
-            passed += _checked(tests, good, settings)
-        elif tests.entry_point is None:
-            passed += sum(same_text(output, wanted, tests.tolerance) for _, output, wanted in good)
-        else:
-            passed += sum(matches(output, wanted, tests.compare, tests.tolerance) for _, output, wanted in good)
+        passed, slow = (_compared if tests.checker is None else _checked)(tests, good, settings)
+        late = late or slow
     if tests.assertions and not late:
         more, late = _asserted(program, tests, settings)
         passed += more
@@ -93,23 +102,7 @@ def check_tests(tests: CodeTests) -> None:
     if tests.assertions and tests.entry_point is None:
         raise GradingError("CodeTests with assertions need an entry_point, the name of the function that they call")
     if tests.cases:
-        _parsed(tests.cases, tests.entry_point is not None)
-
-
-@functools.lru_cache(maxsize=64)
-def _parsed(cases: tuple[tuple[str, str], ...], literals: bool) -> tuple[list[Any], list[Any]]:
-    """(inputs, expected). The rollouts of a problem share them; nobody changes them."""
-    if not literals:
-        return [given for given, _ in cases], [wanted for _, wanted in cases]
-    try:
-        inputs = [parse_literal(given) for given, _ in cases]
-        expected = [parse_literal(wanted) for _, wanted in cases]
-    except ValueError as error:
-        raise GradingError(f"a test case is {error}; CodeTests.cases of a function hold Python literals") from error
-    for arguments in inputs:
-        if not isinstance(arguments, tuple):
-            raise GradingError(f"the input of a test case is {arguments!r:.100}, expected the tuple of the function's arguments")
-    return inputs, expected
+        _parsed.get(tests.cases, tests.entry_point is not None)
 
 
 def _run(program: str, tests: CodeTests, inputs: list[Any], settings: SandboxSettings) -> tuple[list[Outcome], bool]:
@@ -118,15 +111,16 @@ def _run(program: str, tests: CodeTests, inputs: list[Any], settings: SandboxSet
     job = {"kind": "function" if tests.entry_point is not None else "program", "preamble": tests.preamble, "source": program,
            "entry_point": tests.entry_point, "inputs": inputs, "seconds": settings.case_seconds, "output_bytes": MAX_OUTPUT_BYTES}
     why, late = "the process ended", False
+    largest = MAX_FRAME_BYTES if tests.entry_point is None else MAX_VALUE_BYTES
     with start_sandbox(settings) as sandbox:
         deadline = time.monotonic() + settings.seconds
         try:
             sandbox.send(job, deadline)
             left = len(inputs)
             while left:
-                frame = sandbox.receive(deadline)
+                frame = sandbox.receive(deadline, largest)
                 if frame[0] == "broken":
-                    why = str(frame[-1])
+                    why = _text(frame[-1])
                     break
                 left -= _settle(outcomes, frame)
         except SandboxTimeoutError:
@@ -145,9 +139,13 @@ def _settle(outcomes: list[Outcome | None], frame: list[Any]) -> bool:
         case ["case" | "failed" as kind, int(index), content] if 0 <= index < len(outcomes):
             if outcomes[index] is not None:
                 return False
-            outcomes[index] = Outcome(value=_value(content)) if kind == "case" else Outcome(error=str(content))
+            outcomes[index] = Outcome(value=_value(content)) if kind == "case" else Outcome(error=_text(content))
             return True
     raise SandboxEndedError("it sent what is no frame")
+
+
+def _text(content: Any) -> str:
+    return content[:MAX_MESSAGE] if isinstance(content, str) else "it sent no message"
 
 
 def _value(content: Any) -> Any:
@@ -157,23 +155,68 @@ def _value(content: Any) -> Any:
         return Opaque("unreadable value")
 
 
-def _checked(tests: CodeTests, items: list[tuple[Any, Any, Any]], settings: SandboxSettings) -> int:
-    """How many (arguments, output, expected) the data set's checker accepts, in a sandbox where the program has never been."""
-    items = [item for item in items if not isinstance(item[1], Opaque)]
+def _compared(tests: CodeTests, items: list[tuple[Any, Any, Any]], settings: SandboxSettings) -> tuple[int, bool]:
+    """(how many of (input, output, expected) agree, whether comparing them took too long)."""
+    deadline, passed = time.monotonic() + settings.seconds, 0
+    for _, output, wanted in items:
+        if time.monotonic() > deadline:
+            return passed, True
+        if tests.entry_point is not None:
+            passed += matches(output, wanted, tests.compare, tests.tolerance)
+        else:
+            passed += isinstance(output, str) and same_text(output, wanted, tests.tolerance)
+    return passed, False
+
+
+def _try_checker(tests: CodeTests, inputs: list[Any], expected: list[Any], settings: SandboxSettings) -> None:
+    """Raises GradingError for a checker that cannot be loaded, or cannot judge what is expected itself. Once for a problem's tests.
+
+    Only the data set's own values decide on that. What happens to a checker that holds a program's values is the program's doing.
+    """
+    key = hashlib.sha256(repr((tests.checker, tests.cases[:CASES_TRIED])).encode("utf-8", "surrogatepass")).digest()
+    if key in _tried_checkers:
+        return
+    items = [(given, wanted, wanted) for given, wanted in zip(inputs[:CASES_TRIED], expected[:CASES_TRIED], strict=True)]
+    outcomes, _ = _judged(tests.checker, items, settings)
+    if all(outcome.error is not None for outcome in outcomes):
+        raise GradingError(f"CodeTests.checker judges not even the expected values ({outcomes[0].error}): expected source that defines "
+                           "check(arguments, output, expected) and can judge output = expected")
+    _tried_checkers.add(key)
+
+
+def _checked(tests: CodeTests, items: list[tuple[Any, Any, Any]], settings: SandboxSettings) -> tuple[int, bool]:
+    """(how many (arguments, output, expected) the data set's checker accepts, whether time ran out)."""
+    items = [item for item in items if not isinstance(item[1], Opaque) and len(marshal.dumps(item[1])) <= MAX_CHECKED_BYTES]
     if not items:
-        return 0
-    results: list[Outcome | None] = [None] * len(items)
+        return 0, False
+    outcomes, late = _judged(tests.checker, items, settings)
+    return sum(outcome.value is True for outcome in outcomes), late
+
+
+def _judged(checker: str, items: list[tuple[Any, Any, Any]], settings: SandboxSettings) -> tuple[list[Outcome], bool]:
+    """What the checker says of each (arguments, output, expected), in a sandbox where the program has never been; whether time ran out.
+
+    One item at a time: each output may be large, and what the checker said of those before stands when one of them ends it.
+    """
+    outcomes: list[Outcome] = []
+    why, late = "the process ended", False
     with start_sandbox(settings) as judge:
         deadline = time.monotonic() + settings.seconds
         try:
-            judge.send({"kind": "checks", "source": tests.checker, "items": items, "seconds": settings.case_seconds}, deadline)
-            left = len(items)
-            while left:
-                left -= _settle(results, judge.receive(deadline))
-        except (SandboxTimeoutError, SandboxEndedError) as error:
-            if all(result is None for result in results):
-                raise GradingError("CodeTests.checker judged nothing: expected source that defines check(arguments, output, expected)") from error
-    return sum(result is not None and result.value is True for result in results)
+            judge.send({"kind": "checks", "source": checker, "seconds": settings.case_seconds}, deadline)
+            frame = judge.receive(deadline)
+            if frame[0] == "loaded":
+                for item in items:
+                    judge.send(item, deadline)
+                    frame = judge.receive(deadline)
+                    outcomes.append(Outcome(value=frame[-1]) if frame[0] == "case" else Outcome(error=_text(frame[-1])))
+            else:
+                why = _text(frame[-1])
+        except SandboxTimeoutError:
+            why, late = f"out of time: {settings.seconds:g} s for all values", True
+        except SandboxEndedError as error:
+            why = f"the process ended: {error}"
+    return outcomes + [Outcome(error=why)] * (len(items) - len(outcomes)), late
 
 
 def _asserted(program: str, tests: CodeTests, settings: SandboxSettings) -> tuple[int, bool]:
@@ -208,10 +251,10 @@ def _relayed(runner: Sandbox, call: Any, deadline: float) -> tuple[str, Any]:
         return "lost", f"an argument is a {call.kind}, which cannot be handed to the program"
     try:
         runner.send(call, deadline)
-        frame = runner.receive(deadline)
+        frame = runner.receive(deadline, MAX_VALUE_BYTES)
     except SandboxEndedError:
         return "lost", "the program's process has ended"
     if frame[0] != "case":
-        return "raise", str(frame[-1])
+        return "raise", _text(frame[-1])
     value = _value(frame[-1])
     return ("lost", f"the program returned a {value.kind}") if isinstance(value, Opaque) else ("value", value)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_antisd.grading.encoding import Opaque
+from megatron_antisd.grading.encoding import Opaque, distinct
+from megatron_antisd.grading.extraction import split_lines
 
 RELATIVE_TOLERANCE = 1e-7
 """Beside an absolute tolerance, as NumPy's `assert_allclose` and EvalPlus have it."""
+
+MAX_NUMBER_CHARACTERS = 1000
 
 COMPARISONS = ("equal", "unordered", "not_none")
 
@@ -26,8 +29,8 @@ def matches(output: Any, expected: Any, compare: str, tolerance: float) -> bool:
         return False
     if compare == "unordered":
         try:
-            return set(output) == set(expected)
-        except TypeError:
+            return set(distinct(output)) == set(expected)
+        except (TypeError, ValueError):  # no collection, members without a hash, or hashes that collide on purpose
             return False
     if output == expected:
         return True
@@ -48,10 +51,12 @@ def same_text(output: str, expected: str, tolerance: float) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    return "\n".join(line.rstrip() for line in text.splitlines()).rstrip("\n").split("\n")
+    return "\n".join(line.rstrip() for line in split_lines(text)).rstrip("\n").split("\n")
 
 
 def _close_tokens(output: str, expected: str, tolerance: float) -> bool:
+    if "_" in output + expected or max(len(output), len(expected)) > MAX_NUMBER_CHARACTERS:  # float() takes 1_0 for 10
+        return False
     try:
         return _near(float(output), float(expected), tolerance)
     except ValueError:

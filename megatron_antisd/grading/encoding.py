@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from _json import encode_basestring_ascii as quote
 
+if False:  # for readers of the types alone: the sandbox starts faster without
+    from collections.abc import Iterable
+
 TOO_LARGE = "value that is too large"
 MAX_DEPTH = 100
 MAX_NODES = 500_000
 MAX_CHARACTERS = 4 << 20
+MAX_COLLISIONS = 64
+"""Values with one hash in a set or among the keys of a dict. Chance gives 2; thousands, which a program can choose, cost the square."""
 _SMALL_INTEGER = 1 << 63
 
 
@@ -43,23 +48,49 @@ def encode(value: object) -> str:
 
 
 def decode(tree: object) -> object:
-    """The value of what `json.loads` made of an encoded text. Raises ValueError for anything that `encode` does not write."""
-    if type(tree) is list and len(tree) == 2 and tree[0] == "x":
-        return Opaque(str(tree[1]))
+    """The value of what `json.loads` made of an encoded text, in time proportional to its size.
+
+    Raises ValueError for anything that `encode` does not write, its limits included, and for sets built of colliding hashes.
+    """
+    if type(tree) is list and len(tree) == 2 and tree[0] == "x" and type(tree[1]) is str:
+        return Opaque(tree[1])
     try:
-        return _plain(tree)
+        return _plain(tree, [MAX_NODES, MAX_CHARACTERS], MAX_DEPTH)
     except (TypeError, KeyError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"no encoded value: {type(error).__name__}") from error
 
 
-def _plain(tree: object) -> object:
+def distinct(values: Iterable[object]) -> list[object]:
+    """The different ones, as a set would keep them. Raises ValueError where more than MAX_COLLISIONS have one hash."""
+    found: dict[int, list[object]] = {}
+    for value in values:
+        alike = found.setdefault(hash(value), [])
+        if value in alike:
+            continue
+        if len(alike) == MAX_COLLISIONS:
+            raise ValueError("colliding hashes")
+        alike.append(value)
+    return [value for alike in found.values() for value in alike]
+
+
+def _plain(tree: object, left: list[int], depth: int) -> object:
+    left[0] -= 1
+    left[1] -= len(tree) if type(tree) is str else 0
+    if min(left) < 0 or depth < 0:
+        raise ValueError(TOO_LARGE)
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
+    if type(tree) is not list:
+        raise TypeError(f"a {type(tree).__name__} for a list")
     kind, *rest = tree
     if kind in _SCALARS:
+        left[1] -= len(rest[0]) if kind != "c" else 0
         return _SCALARS[kind](*rest)
-    items = [_plain(item) for item in rest]
-    return dict(zip(items[::2], items[1::2], strict=True)) if kind == "d" else _COLLECTIONS[kind](items)
+    items = [_plain(item, left, depth - 1) for item in rest]
+    if kind == "d":
+        distinct(items[::2])
+        return dict(zip(items[::2], items[1::2], strict=True))
+    return _COLLECTIONS[kind](distinct(items) if kind in "sf" else items)
 
 
 _SCALARS = {

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 
 THINKING_END = "</think>"
-_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^\n`]*)$")
+MAX_FENCE_CHARACTERS = 1000
+"""Of a line that opens or closes a block."""
+MAX_NESTED = 4
+"""Markdown blocks inside of Markdown blocks that are looked into."""
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_FENCE = re.compile(r"([ \t]*)(`{3,}(?!`)|~{3,}(?!~))([^`]*)")  # each part ends where the next begins: linear in the line's length
 _PYTHON = {"python", "python3", "py", "py3", "python2"}
 _WRAPPERS = {"markdown", "md"}
 
@@ -16,14 +21,20 @@ def extract_program(response: str) -> str | None:
     Only the text after the last `</think>` counts. A fence may be longer than three marks, indented, of tildes, or never closed. Text
     without a fence is never taken for a program, even where it would parse: that would reward answers by accident.
     """
-    blocks = list(_blocks(response.rpartition(THINKING_END)[2]))
+    blocks = _blocks(response.rpartition(THINKING_END)[2], MAX_NESTED)
     python = [code for language, code in blocks if language in _PYTHON]
     chosen = (python or [code for _, code in blocks] or [None])[-1]
     return chosen
 
 
-def _blocks(text: str) -> list[tuple[str, str]]:
-    """(language, code) of every fenced block that is not blank, in order; those inside of a Markdown block in its place."""
+def split_lines(text: str) -> list[str]:
+    """At ends of lines alone: `str.splitlines` also splits at form feeds and U+2028, which may stand inside of a program's strings."""
+    lines = _LINE_END.split(text)
+    return lines if lines[-1] else lines[:-1]
+
+
+def _blocks(text: str, nested: int) -> list[tuple[str, str]]:
+    """(language, code) of every fenced block that is not blank, in order; those inside of a Markdown block in its place, `nested` deep."""
     found: list[tuple[str, str]] = []
     opened: tuple[int, str, str] | None = None  # indentation, fence, language
     lines: list[str] = []
@@ -31,12 +42,12 @@ def _blocks(text: str) -> list[tuple[str, str]]:
     def close() -> None:
         code = "\n".join(lines)
         language = opened[2]
-        inner = _blocks(code) if language in _WRAPPERS else []
+        inner = _blocks(code, nested - 1) if language in _WRAPPERS and nested else []
         found.extend(inner or ([(language, code)] if code.strip() else []))
         lines.clear()
 
-    for line in text.splitlines():
-        fence = _FENCE.match(line)
+    for line in split_lines(text):
+        fence = _FENCE.fullmatch(line) if len(line) <= MAX_FENCE_CHARACTERS else None
         indent, marks, language = (len(fence[1]), fence[2], fence[3].strip().partition(" ")[0].lower()) if fence else (0, "", "")
         language = language.strip("{}.")
         if opened is None:

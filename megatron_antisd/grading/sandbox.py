@@ -27,6 +27,8 @@ from megatron_antisd.grading.sandbox_inside import DEVICES
 START_SECONDS = 30.0
 """Time-out of a sandbox's start (10 to 30 ms on an idle machine); it is not on the program's clock."""
 MAX_FRAME_BYTES = 32 << 20
+MAX_VALUE_BYTES = 8 << 20
+"""Of a frame with one value: more than `encode` writes, with the brackets of all its nodes."""
 MAX_TOTAL_BYTES = 128 << 20
 MAX_OUTPUT_BYTES = 4 << 20
 """Of what a program writes to its standard output for one input; more fails that input."""
@@ -88,8 +90,8 @@ class SandboxSettings:
 
     @property
     def deadline(self) -> float:
-        """Seconds after which a whole grading is surely over: the program, then the process of the checks, both started anew."""
-        return 2 * (self.seconds + START_SECONDS)
+        """Seconds after which a whole grading is surely over: the checker is tried, then the program, then the checks, each started anew."""
+        return 3 * (self.seconds + START_SECONDS)
 
     def to_json(self) -> str:
         return json.dumps(self.__dict__)
@@ -139,11 +141,11 @@ class Sandbox:
         data = marshal.dumps(job)
         self._write(len(data).to_bytes(4, "little") + data, deadline)
 
-    def receive(self, deadline: float) -> list[Any]:
+    def receive(self, deadline: float, largest: int = MAX_FRAME_BYTES) -> list[Any]:
         """The next frame, a JSON list of a word, and an integer or a text. Raises SandboxTimeoutError, SandboxEndedError."""
         size = int.from_bytes(self._exactly(4, deadline), "little")
         self._received += size
-        if size > MAX_FRAME_BYTES or self._received > MAX_TOTAL_BYTES:
+        if size > largest or self._received > MAX_TOTAL_BYTES:
             raise SandboxEndedError("it sent more than it may")
         try:
             frame = json.loads(self._exactly(size, deadline))

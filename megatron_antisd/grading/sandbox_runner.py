@@ -9,7 +9,7 @@ Frames out: ["ready"], then ["loaded"] or ["broken", why], then by kind of job
     calls       the same for each ["call"] frame that comes, until the pipe ends
     program     ["case", i, text] or ["failed", i, why] for each standard input
     assertions  ["case", i, true] or ["failed", i, why]; in between ["call", 0, [arguments, keywords]], answered by a frame
-    checks      ["case", i, bool] or ["failed", i, why]
+    checks      ["case", 0, bool] or ["failed", 0, why] for each (arguments, output, expected) that comes, until the pipe ends
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _on_alarm(number: int, frame: object) -> None:
 
 def _timed(seconds: float, call: object, *arguments: object) -> object:
     _signal.signal(_signal.SIGALRM, _on_alarm)
-    _signal.setitimer(_signal.ITIMER_REAL, seconds)
+    _signal.setitimer(_signal.ITIMER_REAL, seconds, seconds)  # again and again: a bare `except` may catch the first
     try:
         return call(*arguments)
     finally:
@@ -186,7 +186,9 @@ def _run_assertions(wire: _Wire, job: dict, config: dict) -> None:
             raise CallLost(value)
         name, _, message = value.partition(": ")
         known = getattr(builtins, name, None)
-        raise known(message) if isinstance(known, type) and issubclass(known, Exception) else RuntimeError(value)
+        if not isinstance(known, type) or not issubclass(known, Exception) or issubclass(known, StopIteration | StopAsyncIteration):
+            raise RuntimeError(value)  # the end of an iteration would end the test's own loop, as if all were checked
+        raise known(message)
 
     for index, assertion in enumerate(job["assertions"]):
         namespace = {"__name__": "__tests__"}
@@ -202,15 +204,21 @@ def _run_assertions(wire: _Wire, job: dict, config: dict) -> None:
 
 def _run_checks(wire: _Wire, job: dict, config: dict) -> None:
     namespace = {"__name__": "__tests__"}
-    _execute((job["source"],), namespace)
-    check = namespace["check"]
-    for index, (arguments, output, expected) in enumerate(job["items"]):
+    try:
+        _timed(job["seconds"], _execute, (job["source"],), namespace)
+        check = namespace["check"]
+    except BaseException as error:  # noqa: B036  (a source that cannot be loaded, or defines no check)
+        wire.send(f'["broken",{quote(_describe(error))}]')
+        return
+    wire.send('["loaded"]')
+    while True:
+        arguments, output, expected = wire.receive()
         try:
             passed = bool(_timed(job["seconds"], check, arguments, output, expected))
         except BaseException as error:  # noqa: B036  (a check that cannot judge a value has not passed it)
-            wire.failed(index, error)
+            wire.failed(0, error)
         else:
-            wire.send(f'["case",{index},{"true" if passed else "false"}]')
+            wire.send(f'["case",0,{"true" if passed else "false"}]')
 
 
 def _run_program(wire: _Wire, job: dict, config: dict) -> None:

@@ -17,7 +17,7 @@ _TOKEN = re.compile(r"\\[{}|]|\\(?:langle|rangle|begin|end)(?![A-Za-z])|\\[A-Za-
 _OPENING = {"(": "(", "[": "[", "{": "", r"\{": "{", r"\langle": "(", r"\begin": ""}
 _CLOSING = {")": ")", "]": "]", "}": "", r"\}": "}", r"\rangle": ")", r"\end": ""}
 _PREFIX = re.compile(r"^(?:\(?[A-Za-z_0-9{}, ]{1,20}\)?\s*(?:=|\\in(?![A-Za-z]))\s*)")
-_BASED = re.compile(r"(?P<digits>[0-9A-F]+)\s*_\s*(?:\{\s*(?:\\text\s*\{)?\s*(?P<base>[a-z0-9]+)\s*\}?\s*\}|(?P<short>\d))")
+_BASED = re.compile(r"(?P<digits>[+-]?\s*[0-9A-F]+(?:\.[0-9A-F]+)?)\s*_\s*(?:\{\s*(?:\\text\s*\{)?\s*(?P<base>[a-z0-9]+)\s*\}?\s*\}|(?P<short>\d))")
 _SPACED_NUMBERS = re.compile(r"(?<![\d._^])\d+\s+\d+(?!\s*[/\d.]*/)(?![\d.]*\s*[/}])")
 _MANY_VALUES = re.compile(r"\\(?:pm|mp|dots|ldots|cdots|cup|cap|mid)(?![A-Za-z])|\.\.\.|:|\bor\b|\band\b|=|\\in(?![A-Za-z])|<|>|\\text|\\n?e?q?uad")
 
@@ -91,4 +91,4 @@ def _base_differs(prediction: str, gold: str) -> bool:
 def _base_key(match: re.Match[str]) -> tuple[str, str]:
     names = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
     base = match["base"] or match["short"]
-    return match["digits"].lstrip("0"), names.get(base, base)
+    return match["digits"].replace(" ", "").lstrip("+0"), names.get(base, base)
