@@ -167,6 +167,7 @@ def test_samples_are_graded_again_without_an_engine(world: World, trained: Path,
     assert (run / "metrics.jsonl.before-regrading-1").read_text() == metrics, "the original stays, however often one grades again"
     assert {path: path.with_name(path.name + ".before-regrading-1").read_bytes() for path in samples} == samples
     before = (run / "metrics.jsonl").read_text()
+    capsys.readouterr()
     unfinished = run / "evaluations/step_000002/held-out.jsonl"
     unfinished.write_bytes(b"".join(unfinished.read_bytes().splitlines(keepends=True)[:-1]))
     assert main([str(run), "--config", str(other), "--write"]) == 0 and "step_000002" not in capsys.readouterr().out
