@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Table 1, Figure 3 and Figure 4 of finished runs: tools/report.py RUN [RUN ...] --output DIR [--baseline METHOD]."""
+"""Table 1, Figure 3 and Figure 4 of finished runs: tools/report.py RUN [RUN ...] [--output DIR] [--baseline METHOD]."""
 
 import sys
 

@@ -77,7 +77,7 @@ def results_main(arguments: Sequence[str] | None = None) -> int:
 def _add_results(commands: argparse._SubParsersAction) -> None:
     results = commands.add_parser("results", help="the paper's Table 1, Figure 3 and Figure 4, as Markdown, PNG and one HTML page")
     results.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    results.add_argument("--output", type=Path, required=True, help="directory for results.md, results.html and the pictures")
+    results.add_argument("--output", type=Path, help="directory for results.md, results.html and the pictures (default: results in the first run's)")
     results.add_argument("--baseline", default=BASELINE, help="the method that the speed-up refers to (default: %(default)s)")
     results.add_argument("--benchmark", help="Table 1 on this one (default: on all, which every run must share)")
     results.add_argument("--pass-benchmark", help="Figure 3's (default: the first of those with the largest k)")
@@ -86,7 +86,7 @@ def _add_results(commands: argparse._SubParsersAction) -> None:
 
 def _results(options: argparse.Namespace) -> None:
     choices = Choices(baseline=options.baseline, benchmark=options.benchmark, pass_benchmark=options.pass_benchmark, paper=options.paper)
-    for path in write_results(options.runs, options.output, choices):
+    for path in write_results(options.runs, options.output or options.runs[0] / "results", choices):
         print(path)
 
 
