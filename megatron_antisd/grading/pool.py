@@ -19,12 +19,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from types import TracebackType
 
 from megatron_antisd.grading.sandbox import SandboxSettings
-from megatron_antisd.grading.verdict import CRASH, TIMEOUT, GradingError, GradingTask, Verdict
+from megatron_antisd.grading.verdict import CRASH, TIMEOUT, GradingError, GradingReport, GradingTask, Verdict
 from megatron_antisd.grading.worker import FAILED_START, INVALID, MATH_FUNCTION, RAISED, READY, VERDICT, WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -42,26 +41,6 @@ _WORKER_CODE = (
 
 
 DEFAULT_MEMORY_BYTES = 4 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradingReport:
-    """What `GradingPool.grade_many` found. Example: `GradingReport(verdicts=(Verdict(reward=1.0),), timeouts=0, crashes=0)`."""
-
-    verdicts: tuple[Verdict, ...]
-    """In the order of the tasks; a reward of 0.0 for each answer counted below."""
-    timeouts: int
-    """Answers whose worker was killed when its time was up."""
-    crashes: int
-    """Answers whose worker died, or on which the function raised."""
-
-    @property
-    def rewards(self) -> tuple[float, ...]:
-        return tuple(verdict.reward for verdict in self.verdicts)
-
-    def count(self, outcome: str) -> int:
-        """Answers with this `Verdict.outcome`."""
-        return sum(verdict.outcome == outcome for verdict in self.verdicts)
 
 
 class _Worker:
@@ -141,7 +120,7 @@ class GradingPool:
         return grading.report()
 
     def open(self) -> OpenGrading:
-        """Grade tasks as they come; the caller ends it with `report`, and until then nobody else grades with this pool."""
+        """Grade tasks as they come; the caller ends it with `report` or `abandon`, and until then nobody else grades with this pool."""
         self._lock.acquire()
         if not self._finalizer.alive:
             self._lock.release()
@@ -149,19 +128,19 @@ class GradingPool:
         return OpenGrading(self)
 
     def _work(self, call: _Call, *, until_done: bool) -> None:
-        """Hand out and receive: all that is possible now, or until every task has a verdict. Closes the pool where it fails."""
-        try:
+        """Hand out and receive: all that is possible now, or until every task has a verdict."""
+        self._hand_out(call)
+        if not until_done and any(not worker.ready or worker.index is not None for worker in self._workers):
+            self._await_messages(call, patience=0.0)
             self._hand_out(call)
-            if not until_done and any(not worker.ready or worker.index is not None for worker in self._workers):
-                self._await_messages(call, patience=0.0)
-                self._hand_out(call)
-            while until_done and call.open:
-                self._await_messages(call)
-                self._hand_out(call)
-        except BaseException:
-            self.close()  # workers may be half-way through this call's tasks
-            self._lock.release()
-            raise
+        while until_done and call.open:
+            self._await_messages(call)
+            self._hand_out(call)
+
+    def _stop_tasks(self) -> None:
+        for slot, worker in enumerate(self._workers):
+            if worker.index is not None:
+                self._replace(slot, None)
 
     def close(self) -> None:
         """Kill the workers. Idempotent."""
@@ -183,7 +162,7 @@ class GradingPool:
             worker.seconds = self._timeout if task.tests is None else self._code_timeout
             try:
                 worker.connection.send((task, worker.seconds))
-            except (BrokenPipeError, ConnectionResetError):
+            except OSError:
                 self._replace(slot, "while idle")  # died between two answers: no answer's fault
                 continue
             worker.index = call.waiting.popleft()
@@ -208,8 +187,8 @@ class GradingPool:
 
     def _receive(self, slot: int, worker: _Worker, call: _Call) -> None:
         try:
-            kind, value = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
+            kind, value, seconds = worker.connection.recv()
+        except (EOFError, OSError):  # at the end of a message, or in the middle of one
             if worker.index is None:
                 self._replace(slot, "while starting")
                 return
@@ -222,7 +201,9 @@ class GradingPool:
         if kind == READY:
             worker.ready = True
             return
-        if kind == VERDICT:
+        if seconds > worker.seconds:  # nobody looked in between; what it gets must not depend on that
+            call.fail(worker.index, timeout=True)
+        elif kind == VERDICT:
             call.settle(worker.index, value)
         elif kind == RAISED:
             call.fail(worker.index, trace=value)
@@ -245,23 +226,59 @@ class GradingPool:
 
 
 class OpenGrading:
-    """Tasks that are graded while others are still being made: `add` them, `poll` now and then, `report` at the end."""
+    """Tasks that are graded while others are still being made: `add` them, `poll` now and then, `report` at the end.
+
+    Whoever may fail before the report calls `abandon` then, or uses this as a context manager, so that the pool is free for the next.
+    """
 
     def __init__(self, pool: GradingPool) -> None:
-        self._pool, self._call = pool, _Call()
+        self._pool, self._call, self._ended = pool, _Call(), False
 
     def add(self, task: GradingTask) -> None:
         self._call.add(task)
 
     def poll(self) -> None:
         """Give idle workers tasks and take what is done; never waits. A worker gets one task a call. Raises as `report` does."""
-        self._pool._work(self._call, until_done=False)
+        self._work(until_done=False)
 
     def report(self) -> GradingReport:
-        """Wait for the rest; the verdicts in the order in which the tasks were added. Raises as GradingPool.grade_many does."""
-        self._pool._work(self._call, until_done=True)
-        self._pool._lock.release()
+        """Wait for the rest; the verdicts in the order in which the tasks were added. Raises as GradingPool.grade_many does, and
+        GradingError after an earlier `report`, an `abandon` or the end of the pool."""
+        self._work(until_done=True)
+        self._end()
         return self._call.report(self._pool._function)
+
+    def abandon(self) -> None:
+        """Give up what has no verdict yet and free the pool; workers that are busy with it are replaced. Nothing after `report`."""
+        if self._ended:
+            return
+        try:
+            self._pool._stop_tasks()
+        finally:
+            self._end()
+
+    def __enter__(self) -> OpenGrading:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.abandon()
+
+    def _work(self, *, until_done: bool) -> None:
+        if self._ended:
+            raise GradingError("this grading has ended, by its report, by abandon or by an error: open another with GradingPool.open")
+        if not self._pool._finalizer.alive:
+            self._end()
+            raise GradingError("the grading pool is closed: it was closed while this grading went on")
+        try:
+            self._pool._work(self._call, until_done=until_done)
+        except BaseException:
+            self._pool.close()  # workers may be half-way through this call's tasks
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        self._ended = True
+        self._pool._lock.release()
 
 
 class _Call:

@@ -33,3 +33,23 @@ class Verdict:
     outcome: str = GRADED
     """`graded`; `no_program`: no block of code in the response; `out_of_time`: the program's own time ran out, tests passed before count;
     `timeout`, `crash`: the worker was killed or died, or the function raised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingReport:
+    """What `GradingPool.grade_many` found. Example: `GradingReport(verdicts=(Verdict(reward=1.0),), timeouts=0, crashes=0)`."""
+
+    verdicts: tuple[Verdict, ...]
+    """In the order of the tasks; a reward of 0.0 for each answer counted below."""
+    timeouts: int
+    """Answers whose worker was killed when its time was up."""
+    crashes: int
+    """Answers whose worker died, or on which the function raised."""
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(verdict.reward for verdict in self.verdicts)
+
+    def count(self, outcome: str) -> int:
+        """Answers with this `Verdict.outcome`."""
+        return sum(verdict.outcome == outcome for verdict in self.verdicts)

@@ -13,6 +13,8 @@ import math
 import os
 import resource
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +25,11 @@ from typing import Any
 from megatron_antisd.grading.verdict import GradingError, GradingTask, Verdict
 
 MATH_FUNCTION = "megatron_antisd.grading.math:grade"
-WATCHDOG_GRACE_SECONDS = 10.0
+WATCHDOG_GRACE_SECONDS = 600.0
+"""After a task's time. The parent may be busy for long between two looks at its workers; this ends one that it left behind."""
 PARENT_POLL_SECONDS = 2.0
 
-# What a worker sends: (kind, value). READY "" once; then one of the others for each task.
+# What a worker sends: (kind, value, seconds that the task took). READY "" once; then one of the others for each task.
 READY, FAILED_START, VERDICT, RAISED, INVALID = "ready", "failed_start", "verdict", "raised", "invalid"
 
 Grader = Callable[[str, str], "float | tuple[float, str]"]
@@ -58,22 +61,33 @@ def serve(descriptor: int, settings: str) -> None:
     try:
         grader = load_grader(given)
     except Exception as error:
-        connection.send((FAILED_START, str(error)))
+        connection.send((FAILED_START, str(error), 0.0))
         return
-    connection.send((READY, ""))
+    connection.send((READY, "", 0.0))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         while True:
             while not connection.poll(PARENT_POLL_SECONDS):
                 if os.getppid() != parent:
                     return  # a fork of the parent may hold the pipe open after the parent itself is gone
             task, seconds = connection.recv()
-            # The parent ends a worker that takes too long. Should the parent be gone, this C thread does (no GIL needed).
+            # The parent ends a worker that takes too long. Should the parent be gone, the thread above does, and this one in C where
+            # the task holds the GIL.
             faulthandler.dump_traceback_later(seconds + WATCHDOG_GRACE_SECONDS, exit=True)
+            started = time.monotonic()
             outcome = _outcome(grader, given.function, task)
+            taken = time.monotonic() - started
             faulthandler.cancel_dump_traceback_later()
-            connection.send(outcome)
+            connection.send((*outcome, taken))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the pool was closed
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, in the middle of a task too."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os._exit(1)
 
 
 def load_grader(settings: WorkerSettings) -> Callable[[GradingTask], Any]:

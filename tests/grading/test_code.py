@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_antisd.grading import GradingError, GradingPool, GradingTask
 from megatron_antisd.grading.building import build_pool
 from megatron_antisd.grading.code import check_tests, count_passed, grade_code, run_program
 from megatron_antisd.grading.compare import matches, same_text
-from megatron_antisd.grading.encoding import Opaque, decode, encode
+from megatron_antisd.grading.encoding import MAX_CHARACTERS, MAX_NODES, Opaque, decode, encode
 from megatron_antisd.grading.extraction import extract_program
 from megatron_antisd.grading.groups import EarlyGrading
 from megatron_antisd.grading.literals import parse_literal, to_literal
@@ -65,6 +66,8 @@ def fenced(program: str) -> str:
     ("def f(): return 1", None),
     ("`a = 1`", None),
     ("", None),
+    ("```python\na = 'b\u2028c\x0cd'\r\nb = 1\r\n```", "a = 'b\u2028c\x0cd'\nb = 1"),
+    ("``` `a`\n```python\na = 1\n```", "a = 1"),
 ])  # fmt: skip
 def test_extraction(response: str, program: str | None) -> None:
     assert extract_program(response) == program
@@ -96,12 +99,6 @@ def test_a_program_that_hangs_on_one_case_passes_the_others() -> None:
     program = "def add(a, b):\n    while a == 2:\n        pass\n    return a + b"
     verdict = grade_code(fenced(program), ADD, SandboxSettings(mode=SETTINGS.mode, seconds=20.0, case_seconds=0.5))
     assert (verdict.reward, verdict.outcome) == (0.5, "graded")
-
-
-def test_a_program_that_hangs_on_all_cases_is_given_up() -> None:
-    tests = CodeTests(entry_point="f", cases=tuple((f"({i},)", "1") for i in range(1000)))
-    verdict = grade_code(fenced("def f(x):\n    while True: pass"), tests, SandboxSettings(mode=SETTINGS.mode, seconds=20.0, case_seconds=0.2))
-    assert (verdict.reward, verdict.outcome) == (0.0, "graded")
 
 
 def test_the_whole_time_is_bounded() -> None:
@@ -143,8 +140,6 @@ def test_a_checker_accepts_several_values() -> None:
                       checker="def check(arguments, output, expected):\n    return output ** 2 == arguments[0]")  # fmt: skip
     assert count_passed("def root(x): return -x ** 0.5", tests, SETTINGS) == (2, False)
     assert count_passed("def root(x): return 'a'", tests, SETTINGS) == (0, False)
-    with pytest.raises(GradingError, match="checker judged nothing"):
-        count_passed("def root(x): return 2", CodeTests(entry_point="root", cases=(("(4,)", "2"),), checker="def chek(): pass"), SETTINGS)
 
 
 @pytest.mark.parametrize(("tests", "message"), [
@@ -188,11 +183,16 @@ def test_values_survive_both_ways(value: Any) -> None:
 
 
 def test_nan_and_subclasses() -> None:
-    assert decode(json.loads(encode(float("nan")))) != 0 and parse_literal("[nan, inf, -inf]")[2] == float("-inf")
+    back = decode(json.loads(encode([float("nan")])))[0]
+    assert type(back) is float and math.isnan(back)
+    nan, *infinities = parse_literal("[nan, inf, -inf]")
+    assert math.isnan(nan) and infinities == [float("inf"), float("-inf")]
     assert type(decode(json.loads(encode(Text("a"))))) is str
 
 
 @pytest.mark.parametrize("text", ['["l",["x","y"]]', '["q",1]', '["d",1]', '["s",["l"]]', '["i",5]', '["c",1]', '["b","zz"]', "[]", "[[]]", '{"a":1}',
+                                  '{"l":1,"2":3}', '["x",["y"]]', '"x' + "y" * MAX_CHARACTERS + '"', '["l"' + ",1" * MAX_NODES + "]",
+                                  '["l",' * 102 + "1" + "]" * 102,
                                   '["c",1' + "0" * 400 + ',0]', "[" * 900 + "]" * 900])  # fmt: skip
 def test_forged_values_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no encoded value"):
@@ -206,6 +206,7 @@ def test_forged_values_are_refused(text: str) -> None:
     (float("inf"), 1.0, "equal", 1e9, False), (10**400, 1.0, "equal", 1e-6, False), ([1, 2, 2], (2, 1), "unordered", 0, True),
     ([[1]], [[1]], "unordered", 0, False), (5, [1], "unordered", 0, False), (Opaque("Match"), True, "not_none", 0, True),
     (None, True, "not_none", 0, False), (None, False, "not_none", 0, True), (False, True, "not_none", 0, False),
+    ("abc", ["c", "a", "b"], "unordered", 0, True),
     (Opaque("Match"), Opaque("Match"), "equal", 0, False), (True, 1.0000001, "equal", 1e-3, False), ("a", "a ", "equal", 0, False),
 ])  # fmt: skip
 def test_comparison(output: Any, expected: Any, how: str, tolerance: float, verdict: bool) -> None:
@@ -215,6 +216,7 @@ def test_comparison(output: Any, expected: Any, how: str, tolerance: float, verd
 @pytest.mark.parametrize(("output", "expected", "tolerance", "verdict"), [
     ("1\n2", "1  \n2\n\n", 0, True), ("1 2", "1  2", 0, False), (" 1", "1", 0, False), ("0.30000001", "0.3", 0, False),
     ("0.30000001", "0.3", 1e-6, True), ("a 0.3", "b 0.3", 1e-6, False), ("", "\n", 0, True), ("1", "1 1", 1e-6, False),
+    ("1_0", "10", 1e-6, False), ("1\x0c2", "1\n2", 0, False), ("1\u20282", "1\n2", 0, False), ("1\r\n2\r3", "1\n2\n3\n", 0, True),
 ])  # fmt: skip
 def test_comparison_of_texts(output: str, expected: str, tolerance: float, verdict: bool) -> None:
     assert same_text(output, expected, tolerance) is verdict
