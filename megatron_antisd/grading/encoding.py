@@ -76,7 +76,7 @@ def distinct(values: Iterable[object]) -> list[object]:
 def _plain(tree: object, left: list[int], depth: int) -> object:
     left[0] -= 1
     left[1] -= len(tree) if type(tree) is str else 0
-    if min(left) < 0 or depth < 0:
+    if left[0] < 0 or left[1] < 0 or depth < 0:
         raise ValueError(TOO_LARGE)
     if tree is None or type(tree) in (bool, int, float, str):
         return tree

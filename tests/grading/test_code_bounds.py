@@ -68,17 +68,23 @@ def test_a_checker_that_judges_nothing_is_an_error(checker: str, why: str) -> No
         count_passed("def root(x): return 2", tests, settings())
 
 
-COPIES = "def check(arguments, output, expected):\n    return [list(x) if isinstance(x, list) else x for x in output] * 20 == expected * 20"
+COPIES = "def check(arguments, output, expected):\n    return [list(x) if isinstance(x, list) else x for x in output] * 60 == expected * 60"
 
 
 def test_what_a_checker_holds_of_a_program_ends_no_run() -> None:
     """The judge's memory or time may run out over outputs: those cases are lost, those before stand, and nobody else's."""
-    tests = CodeTests(entry_point="f", cases=tuple((f"({i},)", f"[{i}]") for i in range(4)), checker=COPIES)
+    tests = CodeTests(entry_point="f", cases=tuple((f"({i},)", f"[{i}]") for i in range(3)), checker=COPIES)
     good, bad = (GradingTask(response=fenced(f"def f(x): return {value}"), answer="", tests=tests)
-                 for value in ("[x]", "[[]] * 400_000 if x else [x]"))
+                 for value in ("[x]", "[[]] * 150_000 if x else [x]"))
     with GradingPool(workers=1, timeout_seconds=5.0, sandbox=settings(memory_bytes=96 << 20)) as pool:
         report = pool.grade_many([good, bad, good])
-    assert (report.rewards, report.timeouts, report.crashes) == ((1.0, 0.25, 1.0), 0, 0)
+    assert (report.rewards, report.timeouts, report.crashes) == ((1.0, 1 / 3, 1.0), 0, 0)
+
+
+def test_a_checker_that_dies_of_a_value_has_judged_those_before() -> None:
+    checker = "import os\ndef check(arguments, output, expected):\n    return os._exit(0) if output == 9 else output == expected"
+    tests = CodeTests(entry_point="f", cases=(("(1,)", "1"), ("(2,)", "2"), ("(3,)", "3")), checker=checker)
+    assert count_passed("def f(x): return 9 if x == 2 else x", tests, settings()) == (1, False)
 
 
 def test_a_checker_that_a_value_keeps_busy_runs_out_of_time() -> None:
