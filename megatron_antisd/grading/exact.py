@@ -30,6 +30,7 @@ _FRACTION = re.compile(
     r"\s*(?:\{\s*(?P<under>\d+)\s*\}|(?P<under1>\d))", re.ASCII,
 )  # fmt: skip
 _SLASH = re.compile(rf"{_SIGN}(?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s*/\s*(?P<under>\d+)", re.ASCII)
+_REPEATING = re.compile(rf"{_SIGN}(?P<whole>\d*)\.(?P<fixed>\d*)\s*\\(?:overline|bar)\s*(?:\{{\s*(?P<period>\d+)\s*\}}|(?P<digit>\d))", re.ASCII)
 _DECIMAL_COMMA = re.compile(rf"{_SIGN}(?P<digits>\d+,\d+)", re.ASCII)
 _CURRENCY = re.compile(r"^([+-]?)\s*(?:\\\$|\$|€|£|¥|₹|\\text\s*\{\s*\\?\$\s*\}|\\(?:pounds|euro)(?![A-Za-z]))\s*")
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\s*\{)?\s*(?:percent|per cent)\s*\}?)$")
@@ -38,8 +39,10 @@ _CHOICE = re.compile(
     r"(?P<letter>[A-J])\s*\)?\s*\}?\s*(?:\*\*)?\s*\)?[.:]?\s*\}?\s*\}?\s*(?:\*\*)?"
 )
 _CHOICE_WITH_CONTENT = re.compile(r"(?:\\text\s*\{\s*)?(?:\((?P<a>[A-J])\)|(?P<b>[A-J])[.):])\s*\}?[\s:]*(?P<content>\S.*)")
+_SMALL_CHOICE = re.compile(r"(?:\\text\s*\{\s*)?\((?P<letter>[a-j])\)\s*\}?")
 _OTHER_CHOICE = re.compile(r"\([A-J]\)|(?<![A-Za-z])[A-J][.):]")
 _TEXT = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{([^{}\\$]*)\}")
+_DIFFERENCE = re.compile(r"(?<![^\W\d_])[^\W\d_]\s*-|-\s*[^\W\d_](?![^\W\d_])")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*")
 
 
@@ -74,7 +77,7 @@ def number(text: str) -> Number | None:
     shorter = _PERCENT.sub("", text)
     percent = shorter != text
     text = strip_unit(shorter) if not percent else shorter
-    for read in (_decimal, _power_of_ten, _fraction):
+    for read in (_decimal, _power_of_ten, _fraction, _repeating):
         found = read(text.strip())
         if found is not None:
             return Number(value=found.value, decimals=found.decimals, percent=percent)
@@ -112,6 +115,17 @@ def _fraction(text: str) -> Number | None:
     value = Fraction(int(groups["whole"] or 0)) + Fraction(int(over), int(under))
     negative = (groups["sign"] == "-") != (groups.get("over_sign") == "-")
     return Number(value=-value if negative else value, decimals=None)
+
+
+def _repeating(text: str) -> Number | None:
+    r"""`0.1\overline{6}`."""
+    match = _REPEATING.fullmatch(text)
+    if match is None or len(text) > MAX_EXPONENT:
+        return None
+    period = match["period"] or match["digit"]
+    value = Fraction(int((match["whole"] + match["fixed"]) or "0")) + Fraction(int(period), 10 ** len(period) - 1)
+    value /= 10 ** len(match["fixed"])
+    return Number(value=-value if match["sign"] == "-" else value, decimals=None)
 
 
 def _decimal_comma(text: str, gold: Number) -> Number | None:
@@ -160,6 +174,9 @@ def _choice_verdict(prediction: str, gold: str) -> bool | None:
     left = choice(prediction)
     if left is not None:
         return left == right
+    small = _SMALL_CHOICE.fullmatch(prediction)
+    if small and "(" in gold:
+        return small["letter"].upper() == right
     match = _CHOICE_WITH_CONTENT.fullmatch(prediction)  # `(A) 5`, the letter with what it stands for
     if match is None or _OTHER_CHOICE.search(match["content"]):
         return None
@@ -174,7 +191,8 @@ def _word_verdict(prediction: str, gold: str) -> bool | None:
         return None  # `pq` and `qp` are products, not words
     if len(left) == len(right) == 1 and max(len(left[0]), len(right[0])) == 1:
         return left == right
-    lowered = sorted(word.lower() for word in left), sorted(word.lower() for word in right)
+    # A letter is a variable or a label, and its case counts.
+    lowered = tuple(sorted(word.lower() if len(word) > 1 else word for word in words) for words in (left, right))
     if lowered[0] == lowered[1]:
         return True
     # Without \text, letters may be a product or a function: only the parser knows.
@@ -188,6 +206,8 @@ def _one_is_text(prediction: str, gold: str) -> bool:
 def _words(text: str) -> list[str] | None:
     """The comma-separated words of an answer that holds nothing else; None otherwise."""
     plain = _TEXT.sub(lambda found: f" {found[1]} ", text)
+    if re.search(r"[(\[][^()]*,", plain) or _DIFFERENCE.search(text):
+        return None  # a tuple has an order, and p - q is no word
     parts = [" ".join(part.split()) for part in re.split(r",|;|\band\b", plain)]
     parts = [part.strip("()") for part in parts if part]
     return parts if parts and all(_WORDS.fullmatch(part) for part in parts) else None

@@ -15,14 +15,16 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Derivative, Eq, Expr, Float, Function, Symbol, UnevaluatedExpr
+from math_verify.grader import should_treat_as_complex
+from sympy import Basic, Derivative, E, Eq, Expr, Float, Function, Symbol, UnevaluatedExpr
 
 from megatron_antisd.grading.boxes import boxed_list, final_answer
 from megatron_antisd.grading.exact import exact_verdict
 from megatron_antisd.grading.notation import bare, key, normalised
-from megatron_antisd.grading.structure import MAX_DEPTH, contradiction, depth
-from megatron_antisd.grading.units import strip_unit
+from megatron_antisd.grading.structure import MAX_DEPTH, as_interval, contradiction, depth, is_interval, repeated, sides
+from megatron_antisd.grading.units import meaning, split_words, strip_unit
 
 # Without its own time-outs Math-Verify warns once a process that the caller must provide them; the pool does.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -38,9 +40,17 @@ RELATIVE_TOLERANCE = 1e-5
 """Of two numbers that the parser takes for equal because of its 6 decimals."""
 
 _LATEX_ONLY = (LatexExtractionConfig(),)
+_NORMALIZATION = LatexExtractionConfig().normalization_config
+# n and N are two variables; by default the parser reads both as n.
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
 _DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\begin\{(?:align|equation|gather)|\\(?:boxed|fbox)\s*\{")
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"(?<![^\W\d_])(?:[^\W\d_]{3,}[:,]?\s+[^\W\d_]{2,}\s|[^\W\d_]{2,}'[a-z]+\s|[^\W\d_]{4,}:\s)")
+
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_LETTER = re.compile(r"[A-Za-z]")
+# Commands that stand for something unknown or in words.
+_PLACEHOLDER = re.compile(r"\\(?!d?frac|tfrac|sqrt|cdot|times|binom|left|right|pi|infty|log|ln|sin|cos|tan|pm|div)[A-Za-z]+|\|")
 
 
 def grade(response: str, answer: str) -> float:
@@ -79,11 +89,12 @@ def _equal(prediction: str, gold: str, *, sentence: bool) -> bool:
         return False
     if key(left) == key(right):
         return True
+    left, right = _same_notation(left, right)
     verdict = exact_verdict(left, right)
     if verdict is not None:
         return verdict
     if sentence and _is_prose(left):
-        return _any_same(_parsed(right, True), _parsed(bare(prediction), True))
+        return not _case_differs(left, right) and _any_same(_read_prose(f"${strip_unit(right)}$"), _read_prose(bare(prediction)))
     return parsed_equal(left, right)
 
 
@@ -91,7 +102,51 @@ def parsed_equal(prediction: str, gold: str) -> bool:
     """The verdict on two normalised answers by structure and parser alone, without the fast paths."""
     if max(len(prediction), len(gold)) > MAX_PARSED_CHARACTERS or max(depth(prediction), depth(gold)) > MAX_DEPTH:
         return False
-    return not contradiction(prediction, gold) and _any_same(_parsed(gold, True), _parsed(prediction, False))
+    if contradiction(prediction, gold) or _case_differs(prediction, gold) or _untrue(prediction, gold) or not _same_repeated(prediction, gold):
+        return False
+    if meaning(prediction) and meaning(prediction) == meaning(gold):
+        prediction, gold = split_words(prediction)[0], split_words(gold)[0]
+    return _any_same(_parsed(gold, True), _parsed(prediction, False))
+
+
+def _same_notation(prediction: str, gold: str) -> tuple[str, str]:
+    """An inequality as an interval where the other answer is one."""
+    left, right = as_interval(prediction), as_interval(gold)
+    if left and is_interval(gold):
+        return left, gold
+    return (prediction, right) if right and is_interval(prediction) else (prediction, gold)
+
+
+def _case_differs(prediction: str, gold: str) -> bool:
+    r"""The parser reads `\Gamma` and `\gamma` as one constant: where both occur, both answers must have as many of each."""
+    counts = [[len(re.findall(rf"\\{name}(?![A-Za-z])", text)) for name in ("Gamma", "gamma")] for text in (prediction, gold)]
+    return counts[0] != counts[1] and all(one + other for one, other in zip(*counts, strict=True))
+
+
+def _untrue(prediction: str, gold: str) -> bool:
+    """`4 = 5`: a first side that is a constant must be the last. And two equations without a letter say nothing to compare."""
+    chains = sides(prediction), sides(gold)
+    if all(len(chain) > 1 and _is_constant(chain) for chain in chains):
+        return True
+    chain = chains[0]
+    if len(chain) == 1 or not _is_constant(chain[:1]):
+        return False
+    return not any(_same(one, other) for one in _parsed(chain[0], False)[:1] for other in _parsed(chain[-1], False)[:1])
+
+
+def _is_constant(chain: list[str]) -> bool:
+    return all(side and not _LETTER.search(_COMMAND.sub(" ", side)) and not _PLACEHOLDER.search(side) for side in chain)
+
+
+def _same_repeated(prediction: str, gold: str) -> bool:
+    """Bare lists repeat the same elements as often; the parser's sets would forget how often."""
+    left, right = repeated(prediction), repeated(gold)
+    if left is None or right is None or not (left or right):
+        return True
+    if len(left) != len(right):
+        return False
+    pairs = [[one == other or _equal(one, other, sentence=False) for other in right] for one in left]
+    return all(map(any, pairs)) and all(map(any, zip(*pairs, strict=True)))
 
 
 def _any_same(golds: tuple[Any, ...], predictions: tuple[Any, ...]) -> bool:
@@ -100,11 +155,24 @@ def _any_same(golds: tuple[Any, ...], predictions: tuple[Any, ...]) -> bool:
 
 @lru_cache(maxsize=CACHED_EXPRESSIONS)
 def _parsed(text: str, sentence: bool) -> tuple[Any, ...]:
-    """What Math-Verify reads in a normalised answer: at most one expression and its text."""
+    """What the parser reads in a normalised answer: at most one expression, and its text."""
     if _is_prose(text):
-        return tuple(parse(text, parsing_timeout=None)) if sentence else ()
-    # As LaTeX or not at all: where that fails, the parser would look for any number in it.
-    return tuple(parse(f"${strip_unit(text)}$", extraction_config=_LATEX_ONLY, parsing_timeout=None))
+        return _read_prose(text) if sentence else ()
+    # As LaTeX or not at all: where that fails, Math-Verify would look for any number in it.
+    latex = normalize_latex(strip_unit(text), config=_NORMALIZATION)
+    last = sides(latex)[-1]
+    for part in dict.fromkeys((latex, last)):
+        try:
+            found = latex2sympy(part, is_real=not should_treat_as_complex(part), convert_degrees=False, normalization_config=None,
+                                conversion_config=_CONVERSION)  # fmt: skip
+            return (found, latex)
+        except Exception:  # the parser raises whatever its grammar, SymPy or Python meet
+            continue
+    return (latex,)
+
+
+def _read_prose(text: str) -> tuple[Any, ...]:
+    return tuple(parse(text, parsing_timeout=None))
 
 
 def _is_prose(text: str) -> bool:
@@ -113,6 +181,8 @@ def _is_prose(text: str) -> bool:
 
 def _same(gold: Any, prediction: Any) -> bool:
     if isinstance(gold, Basic) and isinstance(prediction, Basic):
+        if _symbols_differ_in_case(gold, prediction):
+            return False
         if _derivatives(gold) != _derivatives(prediction) or _numerically_apart(gold, prediction):
             return False
         if isinstance(gold, Eq) and isinstance(prediction, Eq) and gold.atoms(Function) and prediction.atoms(Function):
@@ -120,6 +190,18 @@ def _same(gold: Any, prediction: Any) -> bool:
             one, other = gold.lhs - gold.rhs, prediction.lhs - prediction.rhs
             return any(not _numerically_apart(one, side) and verify([one], [side], timeout_seconds=None) for side in (other, -other))
     return bool(verify([gold], [prediction], timeout_seconds=None))
+
+
+def _symbols_differ_in_case(gold: Basic, prediction: Basic) -> bool:
+    """A variable of one answer stands in the other in the other case only. Math-Verify itself compares some names without it."""
+    left, right = _names(gold), _names(prediction)
+    lowered = {name.lower() for name in left - right} & {name.lower() for name in right - left}
+    return bool(lowered)
+
+
+def _names(expression: Basic) -> set[str]:
+    names = {symbol.name for symbol in expression.atoms(Symbol)}
+    return names | {"e"} if expression.has(E) else names
 
 
 def _derivatives(expression: Basic) -> set[Basic]:

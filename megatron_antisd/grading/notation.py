@@ -36,7 +36,8 @@ _REWRITES = tuple(
         (r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}|(?<!\w)(\d+)\s*\\choose\s*(\d+)", r"\\binom{\1\3}{\2\4}"),
         (r"\\frac\s*(\\(?:pi|theta|alpha|beta|lambda|omega|phi))\s*(?:(\w)|(?=\{))", r"\\frac{\1}\2"),
         (r"(\\frac\{\\[a-z]+\})(\w)", r"\1{\2}"),
-        (r"^(?:\\text\s*\{)?\s*(\d{1,2}:\d\d)\s*(?:\\text\s*\{)?\s*([aApP])\.?[mM]\.?\s*\}?$", r"\1\\text{ \2m}"),
+        (r"^(?:\\text\s*\{)?\s*(\d{1,2}:\d\d)\s*(?:\\text\s*\{)?\s*[aA]\.?[mM]\.?\s*\}?$", r"\1\\text{ AM}"),
+        (r"^(?:\\text\s*\{)?\s*(\d{1,2}:\d\d)\s*(?:\\text\s*\{)?\s*[pP]\.?[mM]\.?\s*\}?$", r"\1\\text{ PM}"),
         (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![A-Za-z])|\\degree(?![A-Za-z])", r"^\\circ "),
         (r"(?<=\d)\.(?=\s*(?:[/*+})]|-|$))", ""),  # 1./3
         (r"(?<![\w.}^_\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?)0*(\d{1,4})(?![\w.])", r"\1 \\times 10^{\2\3}"),

@@ -16,8 +16,9 @@ _NAMES: dict[str, str] = {
     "unit": "unit units", "point": "point points", "percent": "percent", "atm": "atm atmosphere atmospheres", "cal": "cal calorie calories",
     "rpm": "rpm", "acre": "acre acres", "au": "AU", "erg": "erg ergs",
 }  # fmt: skip
-_METRIC = {"m": "meter metre", "g": "gram", "s": "second", "l": "liter litre", "Hz": "hertz", "eV": "electronvolt", "J": "joule", "W": "watt", "V": "volt",
-           "N": "newton", "Pa": "pascal", "A": "ampere amp", "K": "kelvin", "mol": "mole", "C": "coulomb", "T": "tesla", "F": "farad"}  # fmt: skip
+_METRIC = {"m": "meter metre", "g": "gram", "s": "second", "l": "liter litre", "Hz": "hertz", "eV": "electronvolt", "J": "joule", "W": "watt",
+           "V": "volt", "N": "newton", "Pa": "pascal", "A": "ampere amp", "K": "kelvin", "mol": "mole",
+           "C": "coulomb", "T": "tesla", "F": "farad"}  # fmt: skip
 _PREFIXES = {"": "", "p": "pico", "n": "nano", "m": "milli", "c": "centi", "k": "kilo", "M": "mega", "G": "giga"}
 
 
@@ -44,17 +45,17 @@ _TRAILING = re.compile(
 )  # fmt: skip
 # What words cannot stand behind: an operator, a subscript, a comma.
 _NO_HEAD = re.compile(r"(?:[-+*/=<>_^,;:|&(\[]|\\(?:cdot|times|div|le|ge|ne|in|cup|cap|pm|mp|to|approx|sim|equiv|quad|qquad|text|mathrm))$")
-_CURRENCY = re.compile(r"^[+-]?\s*(\\\$|\$|€|£|¥|₹|\\text\s*\{\s*\\?\$\s*\}|\\(?:pounds|euro)(?![A-Za-z]))")
+_CURRENCY = re.compile(r"^[+-]?\s*(\\\$|\$(?![^$]*\$)|€|£|¥|₹|\\text\s*\{\s*\\?\$\s*\}|\\(?:pounds|euro)(?![A-Za-z]))")
 _SIGNS = {"€": "euro", r"\euro": "euro", "£": "sterling", r"\pounds": "sterling", "¥": "yen", "₹": "rupee"}
 _AREA = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _TOKEN = re.compile(r"/|[A-Za-z]+(?:\s*\^\s*\{?\s*-?\d\s*\}?)?|[^\sA-Za-z]+")
 # Words that change what stands before them: no unit, and never left out.
 _MEANING = frozenset(
     "or and not is are was were be base mod modulo remainder at most least plus minus more less fewer than per over under about approximately approx "
-    "hundred thousand million billion trillion dozen gross score pair pairs half halves third thirds quarter quarters fourth fourths fifth fifths sixth "
-    "sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial choose "
-    "one two three four five six seven eight nine ten eleven twelve twenty if when where unless to of from only wrong incorrect false "
-    "am pm north south east west minimum maximum min max imaginary negative double twice percent".split()
+    "hundred thousand million billion trillion dozen gross score pair pairs half halves third thirds quarter quarters fourth fourths fifth fifths "
+    "sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed "
+    "factorial choose one two three four five six seven eight nine ten eleven twelve twenty if when where unless to of from only wrong incorrect "
+    "false am pm north south east west minimum maximum min max imaginary negative double twice percent".split()
 )
 _NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|none|cannot|except|undefined|impossible)\b", re.IGNORECASE)
 _QUALIFIER = re.compile(r"\b(?:least|most|more|less|fewer|than)\b", re.IGNORECASE)
@@ -77,7 +78,7 @@ def strip_unit(text: str) -> str:
 
 def meaning(text: str) -> tuple[str, ...]:
     r"""What a normalised answer says beside its value, in one spelling: `("cm^2",)` of `5\text{ square cm}`, () of `5`."""
-    found = _form(split_words(text)[1])
+    found = ("percent",) if text.endswith("%") else _form(split_words(text)[1])
     sign = _CURRENCY.match(text)
     if sign is None:
         return found

@@ -273,13 +273,41 @@ def _code(gold: str) -> str | None:
     return f"def f(): return {gold}" if re.fullmatch(r"-?\d+", gold) else None
 
 
+def _letter_case(gold: str) -> str | None:
+    """n for N. A lone letter may be that of a choice, whose case means nothing."""
+    if re.search(r"\\(?:text|mbox)|^[A-Z]$", gold):
+        return None
+    return _replace_last(gold, _LETTER.pattern, lambda m: m[0].swapcase())
+
+
+def _prime(gold: str) -> str | None:
+    if re.search(r"\\(?:text|mbox)|^[A-Z]$|'|prime", gold):
+        return None
+    return _replace_last(gold, _LETTER.pattern, lambda m: m[0] + "'")
+
+
+def _words_behind(words: str) -> Kind:
+    """Words that change the number before them."""
+    return lambda gold: rf"{gold}\text{{ {words}}}" if re.fullmatch(r"-?\d+(?:\.\d+)?", gold) and not _is_zero(gold) else None
+
+
+def _imaginary(gold: str) -> str | None:
+    return rf"{gold}\mathrm{{i}}" if re.fullmatch(r"-?\d+", gold) and not _is_zero(gold) else None
+
+
+def _untrue(gold: str) -> str | None:
+    """An equation that does not hold, with the right number last."""
+    return f"{int(gold) + 1} = {gold}" if re.fullmatch(r"-?\d+", gold) else None
+
+
 NEGATIVES: dict[str, Kind] = {
     "digit": _digit, "leading digit": _leading_digit, "sign": _sign, "inner sign": _inner_sign, "variable": _variable, "order": _order,
     "bracket": _bracket, "half-open": _half_open, "set for tuple": _set_for_tuple, "dropped": _dropped, "added": _added, "second answer": _one_of,
     "inverted": _inverted, "exponent": _exponent, "factor": _factor, "magnitude": _magnitude, "unit": _unit, "unit power": _unit_power,
     "word": _word, "choice": _choice, "root": _root, "constant": _constant, "base": _base, "base dropped": _base_dropped,
     "relation": _relation, "union": _union, "union part": _union_part, "transposed": _transposed, "rows": _rows, "denied": _denied, "code": _code,
-    "one root": _one_root, "repeated": _repeated,
+    "one root": _one_root, "repeated": _repeated, "letter case": _letter_case, "prime": _prime, "imaginary": _imaginary, "untrue": _untrue,
+    "million": _words_behind("million"), "or more": _words_behind("or more"), "modulus": _words_behind("(mod 7)"),
 }  # fmt: skip
 
 
@@ -351,6 +379,17 @@ def _left_right(gold: str) -> str | None:
     return gold.replace("(", r"\left(").replace(")", r"\right)")
 
 
+def _roman(gold: str) -> str | None:
+    r"""The imaginary unit and Euler's number upright, as in `\mathrm{i}`."""
+    if re.search(r"\\(?:text|mbox)", gold):
+        return None
+    return _replace_last(gold, r"(?<![A-Za-z\\])[ie](?![A-Za-z_])", lambda m: rf"\mathrm{{{m[0]}}}")
+
+
+def _counted(gold: str) -> str | None:
+    return rf"{gold}\text{{ apples}}" if re.fullmatch(r"-?\d+", gold) else None
+
+
 POSITIVES: dict[str, Kind] = {
     "same": lambda gold: gold,
     "dollars": lambda gold: None if "$" in gold else f"${gold}$",
@@ -364,6 +403,7 @@ POSITIVES: dict[str, Kind] = {
     "full stop": lambda gold: f"{gold}.",
     "slash": _slash, "decimal": _decimal, "trailing zeros": _trailing_zeros, "thousands": _thousands, "scientific": _scientific,
     "unit": _with_unit, "assignment": _assignment, "set order": _set_order, "terms": _terms, "choice": _choice_written,
+    "roman": _roman, "counted": _counted,
     "mbox": _if_changed(lambda gold: gold.replace(r"\text{", r"\mbox{")),
     "textbf": _if_changed(lambda gold: gold.replace(r"\text{(", r"\textbf{(")),
     "bmatrix": _if_changed(lambda gold: gold.replace("{pmatrix}", "{bmatrix}")),

@@ -73,6 +73,14 @@ EQUAL = [
     (r"\text{H, E}", "E, H"), (r"3 - 2\sqrt{2}, 3 + 2\sqrt{2}", r"3 \pm 2\sqrt{2}"), (r"\left(3,\tfrac12\right)", "(3, 0.5)"),
     (r"\begin{bmatrix}1&2\\ 3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"), ("7:32", r"7 : 32"),
     (r"y = \sin x + 1", r"\sin x + 1 = y"), (r"\frac34.", "3/4"),
+    (r"5\mathrm{i}", "5i"), (r"\mathrm{e}^2", "e^2"), (r"3 + 4\text{i}", "3+4i"), (r"\frac\pi 2", r"\frac{\pi}{2}"), (r"10\choose 3", "120"),
+    (r"0.\overline{3}", r"\frac13"), (r"-1.2\overline{3}", r"-\frac{37}{30}"), (r"\varnothing", r"\emptyset"), (r"\langle 1,2\rangle", "(1,2)"),
+    (r"\text{7:30 PM}", "7:30 PM"), (r"7:30\text{ p.m.}", r"7:30\text{ PM}"), ("0<x<1", "(0,1)"), ("(0,1)", "0<x<1"), (r"-2\le x\le 7", "[-2,7]"),
+    ("x>3", r"(3,\infty)"), (r"(3,\infty)", "x>3"), (r"x\ge 0", r"[0,\infty)"), (r"[0,\infty)", r"x\ge0"), ("1,1,2", "2,1,1"),
+    (r"5\text{ apples}", "5"), (r"5\text{ apple}", r"5\text{ apples}"), (r"5\text{ square feet}", r"5\text{ ft}^2"),
+    (r"5\text{ mph}", r"5\text{ miles per hour}"),
+    (r"5\text{ meters per second}", r"5\ \mathrm{m}\cdot\mathrm{s}^{-1}"), (r"30^\circ\text{C}", "30"), (r"\$5", r"5\text{ dollars}"), ("2+3=5", "5"),
+    (r"y^{\prime}=2x", "y'=2x"), ("y' = 2x", "2x"), ("N(N+1)", "N^2+N"), (r"\frac{GM}{r}", r"\frac{MG}{r}"), (r"51\text{ (base 7)}", "51_7"),
     (r"\binom{5}{2}", "10"), (r"\log_2 8", "3"), ("0.333333", "1/3"), ("2^{10}", "1024"), (r"5x-7y=2", "7y-5x=-2"),
 ]  # fmt: skip
 
@@ -95,6 +103,28 @@ UNEQUAL = [
     (r"\frac{d t}{d x}=k x-a", r"\frac{d x}{d t}=k x-a"), (r"\hbar \omega(v-1 / 2)", r"\hbar \omega(v+1 / 2)"), (r"\text{CBAD}", r"\text{ABCD}"),
     ("3 + 2", "3, 2"), ("5, 977", "5"), (r"3 + 2\sqrt{2}", r"3 \pm 2\sqrt{2}"), ("(A) or (B)", "A"), ("(B)", "A"), ("A, B", "A"),
     (r"\infty", "5"), (r"1/0", "5"), (r"m \sin \theta(t)=f(t) \cos \theta(t)", r"-m \sin \theta(t)=f(t) \cos \theta(t)"),
+    # letters: case, primes, words of capitals
+    ("n", "N"), ("e", "E"), (r"\Gamma", r"\gamma"), (r"\Delta", r"\delta"), ("X_1", "x_1"), (r"\frac{GM}{r}", r"\frac{Gm}{r}"), ("a+B", "A+b"),
+    (r"\frac{T}{t}", "1"), ("(M, m)", "(m, M)"), ("(A, B)", "(a, b)"), ("f'(x)", "f(x)"), ("y'=2x", "y=2x"), ("y''", "y'"), ("5'", "5"),
+    ("IV", "VI"), ("AB", "BA"),
+    # words behind a number that change it
+    (r"3+4\mathrm{i}", "7"), (r"5\text{i}", "5"), (r"5\mathrm{x}", "5"), (r"5\text{ million}", "5"), (r"3\text{ dozen}", "3"),
+    (r"5\text{ tenths}", "5"),
+    (r"5\text{ halves}", "5"), (r"5\text{ squared}", "5"), (r"5\text{ factorial}", "5"),
+    (r"5\text{ or 7 or 9}", "5"), (r"5\text{ is wrong}", "5"),
+    (r"5\text{ or more}", "5"), (r"5\text{ at most}", "5"), (r"\text{at least } 5", "5"), (r"10\text{ choose 3}", "10"), (r"5\text{ remainder } 2", "5"),
+    (r"5\text{ (mod 7)}", r"5\text{ (mod 11)}"), (r"51\text{ (base 7)}", r"51\text{ (base 8)}"), (r"120\text{ (base six)}", "120"),
+    (r"30^\circ\text{ N}", r"30^\circ\text{ S}"), (r"5\text{ wins}", r"5\text{ losses}"), (r"x=3\text{ (minimum)}", r"x=3\text{ (maximum)}"),
+    (r"7:30\text{ PM}", r"7:30\text{ AM}"),
+    # units and currencies
+    (r"5\text{ mm}", r"5\text{ nm}"), (r"5\text{ Hz}", r"5\text{ MHz}"), (r"5\text{ eV}", r"5\text{ keV}"), (r"5\text{ K}", r"5\text{ mK}"),
+    (r"5\text{ mW}", r"5\text{ MW}"), (r"5\text{ m/s}", r"5\text{ km/h}"), (r"5\text{ m/s}^2", r"5\text{ m/s}"),
+    (r"30^\circ\text{F}", r"30^\circ\text{C}"),
+    (r"\$5", r"5\text{ euros}"), (r"5\text{ cents}", r"\$5"), ("€5", r"\$5"), (r"5\text{ kilometers per hour}", r"5\text{ meters per second}"),
+    # other bases, chains of equations, lists, dates, slashes
+    ("-21_3", "-21"), ("0.12_3", "0.12_4"), ("4=5", "5"), ("1=2=5", "5"), ("0=0", "1=1"), ("1,1,2", "1,2,2"), ("1,1,2,2", "1,1,1,2"),
+    (r"1,2,\ldots", "1,2"), ("2024-01-05", "2018"), ("1/2x", r"\frac{1}{2x}"), (r"1/2\pi", r"\frac{1}{2\pi}"),
+    (r"0\le x<1", "(0,1)"), ("0<x<1", "[0,1]"), ("x>3", r"[3,\infty)"), ("x<3", r"(3,\infty)"), (r"0.\overline{3}", "0.3"),
     # no answer at all
     ("", "5"), ("5", ""), ("$$", "5"), ("!!!", "5"), (r"\frac{", "5"), ("}{", "5"),
 ]  # fmt: skip
