@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_antisd.config import GradingConfig
-from megatron_antisd.grading.sandbox import Sandbox, SandboxEndedError, SandboxError, SandboxSettings, SandboxTimeoutError
+from megatron_antisd.grading.sandbox import (
+    Sandbox,
+    SandboxEndedError,
+    SandboxError,
+    SandboxSettings,
+    SandboxTimeoutError,
+    own_user,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +122,10 @@ def probe(mode: str) -> Probe:
     """Start a sandbox of this mode and let a program in it try what it must not be able to do."""
     if mode == "bubblewrap" and shutil.which("bwrap") is None:
         return Probe(mode=mode, works=False, reason="there is no bwrap on PATH")
+    user = own_user()
+    if mode == "limits" and user is not None and (closed := closed_to(user, Path(os.__file__))) is not None:
+        return Probe(mode=mode, works=False, reason=f"programs run under the id {user}, which cannot read the interpreter: {closed} is closed "
+                     "to others; use an interpreter that everybody may read (chmod o+rx on that path), or start as another user than root")
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         os.chmod(folder, 0o777)
         readable = Path(folder) / "readable"
@@ -126,6 +137,18 @@ def probe(mode: str) -> Probe:
         except SandboxError as error:
             return Probe(mode=mode, works=False, reason=str(error))
     return Probe(mode=mode, works=True, missing=tuple(key for key in PROTECTIONS if not held.get(key)))
+
+
+def closed_to(user: int, path: Path) -> Path | None:
+    """The outermost part of a path that this user, a member of no group, may not enter or read; None where the way is free."""
+    path = path.resolve()
+    for part in (*reversed(path.parents), path):
+        status = part.stat()
+        shift = 6 if status.st_uid == user else 3 if status.st_gid == user else 0
+        needed = 0o4 if part == path else 0o5 if part == path.parent else 0o1
+        if status.st_mode >> shift & needed != needed:
+            return part
+    return None
 
 
 def _look(mode: str, given: tuple[object, ...]) -> dict[str, bool]:

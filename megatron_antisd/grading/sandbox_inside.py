@@ -28,6 +28,7 @@ def enter(config: dict) -> None:
     user = config["user"]
     if config["mode"] not in ("bubblewrap", "builtin", "limits"):
         raise ValueError(f"unknown mode {config['mode']!r} of a sandbox")
+    os.umask(0o022)  # the new root's folders must be open to the program's user
     if config["mode"] == "builtin":
         _own_namespaces(config["parent"], mapped=user is None)
         _own_root(config)

@@ -21,7 +21,7 @@ from megatron_antisd.grading import GradingPool, GradingTask
 from megatron_antisd.grading.code import grade_code, run_program
 from megatron_antisd.grading.encoding import Opaque
 from megatron_antisd.grading.sandbox import Sandbox, SandboxEndedError, SandboxError, SandboxSettings
-from megatron_antisd.grading.sandbox_choice import MODES, PROTECTIONS, Probe, choose_sandbox, decide, probe
+from megatron_antisd.grading.sandbox_choice import MODES, PROTECTIONS, Probe, choose_sandbox, closed_to, decide, probe
 from megatron_antisd.records import CodeTests
 
 ANSWERS = {3: 918_273_645, 4: 192_837_465}
@@ -240,6 +240,35 @@ def test_a_killed_worker_takes_its_sandbox_along() -> None:
 def test_a_sandbox_that_cannot_be_set_up_says_why() -> None:
     with pytest.raises(SandboxError, match="unknown"):
         Sandbox(SandboxSettings(mode="unknown"))
+
+
+def test_an_interpreter_that_the_programs_id_cannot_read_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    library = tmp_path / "home" / "python" / "os.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("")
+    stranger = 1_900_000_001
+    assert closed_to(stranger, library) is None
+    library.chmod(0o600)
+    assert closed_to(stranger, library) == library
+    (tmp_path / "home").chmod(0o700)
+    assert closed_to(stranger, library) == tmp_path / "home"
+    assert closed_to(os.getuid(), library) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs run under another id")
+def test_a_private_interpreter_under_mere_limits_is_refused_plainly(tmp_path: Path) -> None:
+    """A library of its own in a closed folder, as under /root: the probe says so instead of a failed import."""
+    home = tmp_path / "home"
+    (home / "lib").mkdir(parents=True)
+    home.chmod(0o700)
+    (home / "lib" / "os.py").write_text(Path(os.__file__).read_text())
+    program = "from megatron_antisd.grading.sandbox_choice import probe\nimport os\nos.__file__ = {!r}\nprint(probe('limits').reason)"
+    done = subprocess.run([sys.executable, "-c", program.format(str(home / "lib" / "os.py"))], capture_output=True, text=True, timeout=60, check=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
+    assert "cannot read the interpreter" in done.stdout and "is closed to others" in done.stdout
 
 
 def test_a_program_that_speaks_no_frames_has_ended() -> None:
