@@ -40,7 +40,7 @@ _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?"
 _PIECE = r"\\(?:text|mathrm)\s*\{[^{}]*\}" + _POWER
 _CIRCLE = r"\^\s*\\circ(?![A-Za-z])\s*"
 _TRAILING = re.compile(
-    rf"(?:\\?\s)*(?P<circle>{_CIRCLE})?(?:(?P<pieces>{_PIECE}(?:\s*(?:\\cdot\s*|/\s*)?{_PIECE})*)"
+    rf"(?:\\?\s)*(?P<circle>{_CIRCLE})?(?:(?P<pieces>{_PIECE}(?:\s*(?:\\cdot\s*|/\s*)?{_PIECE}){{0,5}})"
     rf"|(?<=[\d}}\s)])(?P<bare>(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:{_BARE})\b\.?{_POWER})|(?<=circ)|(?<=circ\s))$"
 )  # fmt: skip
 # What words cannot stand behind: an operator, a subscript, a comma.
