@@ -13,6 +13,7 @@ CORE = [
     "datasets",  # reads data sets by their name on Hugging Face
     "einops",
     "jinja2",
+    "latex2sympy2_extended",  # of the version that math-verify pins
     "math-verify==0.9.0",  # the grader's verdicts are tested case by case against this version
     "matplotlib",
     "megatron-core==0.16.1",  # exact: compat/ and checkpoint patch parts of it that carry no promise of stability

@@ -33,10 +33,10 @@ def generate(run: Run, step: int) -> tuple[list[RolloutGroup], EarlyGrading | No
     if run.config.debug.load_rollouts is not None:
         return load_rollouts(run.config.debug.load_rollouts, step), None
     size = run.config.rollout.group_size
-    grading = EarlyGrading(run.grader, problems, size, run.decode)
-    groups = generate_groups(
-        run.engine, problems, [run.prompts.student_prompt(p) for p in problems], sampling=run.sampling,
-        group_size=size, seed=run.config.run.seed, step=step, decode=run.decode, finished=grading)
+    with EarlyGrading(run.grader, problems, size, run.decode) as grading:
+        groups = generate_groups(
+            run.engine, problems, [run.prompts.student_prompt(p) for p in problems], sampling=run.sampling,
+            group_size=size, seed=run.config.run.seed, step=step, decode=run.decode, finished=grading)
     return groups, grading
 
 

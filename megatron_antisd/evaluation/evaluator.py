@@ -81,10 +81,10 @@ class Evaluator:
         at_once = max(1, self.config.evaluation.samples_at_once // benchmark.samples)
         for start in range(0, len(missing), at_once):
             part = [problems[i] for i in missing[start : start + at_once]]
-            grading = EarlyGrading(self.grader, part, benchmark.samples, self.decode)
-            groups = generate_groups(
-                self.engine, part, [self.prompts.student_prompt(p) for p in part], sampling=self._sampling(), group_size=benchmark.samples,
-                seed=self.config.run.seed + EVALUATION_SEED, step=0, decode=self.decode, finished=grading)
+            with EarlyGrading(self.grader, part, benchmark.samples, self.decode) as grading:
+                groups = generate_groups(
+                    self.engine, part, [self.prompts.student_prompt(p) for p in part], sampling=self._sampling(), group_size=benchmark.samples,
+                    seed=self.config.run.seed + EVALUATION_SEED, step=0, decode=self.decode, finished=grading)
             graded = grading.complete(groups, self.config.privileged)
             failures["grader_timeouts"] += graded.timeouts
             failures["grader_crashes"] += graded.crashes

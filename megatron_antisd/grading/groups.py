@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
 
 import torch.distributed as dist
 
@@ -26,7 +27,8 @@ class GradedGroups:
 
 
 class EarlyGrading:
-    """Grades rollouts while the engine still decodes others. Give the object itself to `generate_groups` as `finished`.
+    """Grades rollouts while the engine still decodes others. Generate inside of its `with` (a failure there frees the pool), with the object
+    itself as `finished` of `generate_groups`; then call `complete`.
 
     `problems[i]` is the one of rollouts `i * group_size` and following; `decode` turns response ids into text.
     """
@@ -35,6 +37,13 @@ class EarlyGrading:
         self._grading, self._problems, self._group_size, self._decode = pool.open(), problems, group_size, decode
         self._indices: list[int] = []
         self._started: float | None = None
+
+    def __enter__(self) -> EarlyGrading:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._grading.abandon()
 
     def __call__(self, finished: Sequence[tuple[int, Sequence[int]]]) -> None:
         """(index, response ids) of rollouts that are done; call it without any, too, so that the workers stay busy."""

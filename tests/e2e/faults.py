@@ -90,10 +90,10 @@ def engine_dies(step: str) -> None:
 
     generate = VllmEngine._generate
 
-    def failing(self: VllmEngine, requests: Any, sampling: Any) -> Any:
+    def failing(self: VllmEngine, requests: Any, sampling: Any, *rest: Any) -> Any:
         if self.policy_version == int(step) - 1 and not sampling.ignore_eos and dist.get_rank() == dist.get_world_size() - 1:
             raise RuntimeError("the engine core died unexpectedly")
-        return generate(self, requests, sampling)
+        return generate(self, requests, sampling, *rest)
 
     VllmEngine._generate = failing
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_antisd.config import PrivilegedConfig
-from megatron_antisd.grading import GradingError, GradingPool
+from megatron_antisd.grading import GradingError, GradingPool, GradingTask
 from megatron_antisd.grading.groups import EarlyGrading
 from megatron_antisd.records import Problem, Rollout, RolloutGroup
 
@@ -107,3 +107,13 @@ def test_a_pool_that_is_closed_says_so() -> None:
     for _ in range(2):
         with pytest.raises(GradingError, match="closed"):
             EarlyGrading(pool, [], 4, str)
+
+
+def test_a_generation_that_fails_leaves_the_pool_free() -> None:
+    groups = make_groups(2)
+    with GradingPool(workers=1, timeout_seconds=10.0) as pool:
+        early = EarlyGrading(pool, [group.problem for group in groups], 4, lambda ids: text(*ids))
+        with pytest.raises(ValueError, match="the engine failed"), early as grading:
+            grading([(0, (0, 0)), (1, (0, 1))])
+            raise ValueError("the engine failed")
+        assert pool.grade_many([GradingTask(response="\\boxed{1}", answer="1")]).rewards == (1.0,)
