@@ -41,7 +41,8 @@ class CodeTests:
     tolerance: float = 0.0
     """Absolute tolerance of floats, also inside of lists; 0.0 compares exactly."""
     checker: str | None = None
-    """Source of `check(arguments, output, expected) -> bool`, which decides instead of `compare` where several values are right."""
+    """Source of `check(arguments, output, expected) -> bool`, which decides instead of `compare` where several values are right. It is tried once
+    with `output = expected`, so what is expected must be one of the right values."""
 
     @property
     def count(self) -> int:

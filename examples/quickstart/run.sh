@@ -19,3 +19,6 @@ torchrun --standalone --nproc-per-node 2 -m megatron_antisd.train examples/quick
   "run.name=$name" "algorithm.method=$method" "$@"
 python -m megatron_antisd.reporting report "$run"
 echo "report: $run/report.png and $run/report.md"
+if [ -d "$run/rollouts" ]; then  # without a teacher (grpo) there is no u
+  echo "every token coloured by u, for a browser: $(python -m megatron_antisd.reporting u-lens "$run")"
+fi
