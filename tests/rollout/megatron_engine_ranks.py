@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from finished import reported
 from tiny import VOCAB
 
 from megatron_antisd.compat import megatron_cpu
@@ -86,6 +87,9 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     facts["one_token"] = one_token_each(trainer) if dist.get_world_size() == 1 else None
     facts["free_score"] = score(trainer, requests, facts["free"])
     facts["wide"] = MegatronEngine(trainer, max_context=None, max_sequences=64).generate(requests[::-1], FREE)[::-1]
+    generations, told, calls = reported(engine.generate, requests, FREE)
+    facts["each_is_reported_once"] = sorted(told) == [(i, g.response_ids) for i, g in enumerate(generations)] and generations == facts["free"]
+    facts["reported_while_decoding"] = min(calls) > 2
     facts["alone"] = engine.generate(requests[2:3], FREE)
     facts["none"] = engine.generate([], FREE)
     facts["too_long"] = error_of(lambda: engine.generate([Request(prompt_ids=(1,) * 53, seed=0)], FREE))

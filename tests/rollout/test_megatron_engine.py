@@ -149,6 +149,7 @@ def test_a_draw_depends_on_its_request_alone(runs: Runs, layout: str, kind: str)
     assert ids_of(facts["wide"]) == ids_of(facts["free"])
     assert ids_of(facts["alone"]) == ids_of(facts["free"][2:3])
     assert facts["none"] == []
+    assert facts["each_is_reported_once"] and facts["reported_while_decoding"]
     assert facts["free"][3].response_ids != facts["free"][4].response_ids, "one prompt, two seeds"
 
 

@@ -72,6 +72,7 @@ def test_the_update_test_sees_experts_that_were_not_packed(facts: dict[str, Any]
 def test_sampling(facts: dict[str, Any], layout: str) -> None:
     found = facts[layout]["sampling"]
     assert found["same_seed_same_tokens"] and found["order_kept"] and found["group_differs"]
+    assert found["each_is_reported_once"] and found["reported_while_decoding"]
     assert found["other_seed_other_tokens"] == 7
     assert found["fixed_lengths"] == [12] and found["fixed_truncated"]
     assert found["cut_at_stop"] and 0 < found["stopped"] < 24

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from finished import reported
 from tiny_models import CONTEXT, VOCAB, log_probs, make_model, save
 
 from megatron_antisd.config import RolloutConfig
@@ -67,7 +68,10 @@ def sampling_facts(engine: VllmEngine, model: Any) -> dict[str, Any]:
     stopping = engine.generate(make_requests(24, length=5), SAMPLING)
     cool = Sampling(temperature=0.5, top_p=1.0, max_new_tokens=12, ignore_eos=True)
     nucleus = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=12, ignore_eos=True)
+    generations, told, calls = reported(engine.generate, requests, SAMPLING)
     return {
+        "each_is_reported_once": sorted(told) == [(i, g.response_ids) for i, g in enumerate(generations)] and generations == first,
+        "reported_while_decoding": min(calls) > 2,
         "same_seed_same_tokens": first == again,
         "other_seed_other_tokens": sum(a.response_ids != b.response_ids for a, b in zip(first, other, strict=True)),
         "order_kept": all(a.response_ids == b.response_ids for a, b in zip(first, order, strict=True)),
