@@ -55,6 +55,7 @@ def serve(descriptor: int, settings: str) -> None:
     """Load the grader, then grade what comes through the connection until it is closed. The body of a worker process."""
     # Ctrl-C goes to the whole terminal group; the parent decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)  # where cores are few, the engine that is still decoding goes first
     parent = os.getppid()
     connection = Connection(descriptor)
     given = WorkerSettings(**json.loads(settings))
