@@ -342,6 +342,7 @@ def test_a_sample_of_published_solutions_passes_and_mutations_fail(task: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(6))
 def test_all_published_solutions_pass_and_mutations_fail(part: int) -> None:
     rows = benchmark_rows()
