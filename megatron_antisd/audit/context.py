@@ -54,14 +54,17 @@ class ContextInspector:
     def __init__(self, prompts: PromptBuilder, tokenizer: PreTrainedTokenizerBase) -> None:
         self._prompts, self._tokenizer = prompts, tokenizer
         self._special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-        self._as_decoded = functools.lru_cache(maxsize=256)(self._decoded_again)  # a group's rollouts share question and feedback
+        # A group's rollouts share question, feedback and the solution shown.
+        self._as_decoded = functools.lru_cache(maxsize=256)(self._decoded_again)
+        self._as_shown = functools.lru_cache(maxsize=256)(self._cleaned_end)
 
     def inspect(self, group: ScoredGroup, *, thinking_end: bool = False) -> list[ContextFindings]:
         """Findings of every rollout of a group, in order. `thinking_end` looks for the token at which thinking ends, which costs most."""
         texts: dict[tuple[int, ...], str] = {}  # most rollouts of a group share a prompt
         for scored in group.rollouts:
             for ids in (scored.rollout.prompt_ids, scored.privileged.view.prompt_ids if scored.privileged.view else ()):
-                texts.setdefault(ids, self._decode(ids))
+                if ids not in texts:
+                    texts[ids] = self._decode(ids)
         return [self._findings(scored, group, texts, thinking_end) for scored in group.rollouts]
 
     def _findings(self, scored: ScoredRollout, group: ScoredGroup, texts: dict[tuple[int, ...], str], thinking_end: bool) -> ContextFindings:
@@ -107,8 +110,7 @@ class ContextInspector:
             return ["the rollout was shown itself"]
         if privileged.source == "peer" and peer is None:
             return [f"the shown rollout {privileged.shown_index} is not in the group"]
-        whole = self._prompts.clean((group.problem.solution or "") if peer is None else peer.text)
-        shown = _squeeze(self._without_beginning(whole, privileged.cut_tokens))
+        shown = self._as_shown((group.problem.solution or "") if peer is None else peer.text, privileged.cut_tokens)
         defects = []
         if not shown or shown not in teacher:
             defects.append(f"the teacher's prompt does not hold the solution ({privileged.source})")
@@ -116,7 +118,7 @@ class ContextInspector:
             defects.append(f"the shown rollout {peer.index} has reward {peer.reward}: no verified solution")
         if peer is not None and peer.truncated:
             defects.append(f"the shown rollout {peer.index} was truncated")
-        own = _squeeze(self._prompts.clean(rollout.text))
+        own = self._as_shown(rollout.text, 0)
         # A peer may have written the very same tokens, and a response may only repeat the question.
         if len(own) > LONG_TEXT and own in teacher and own not in shown and own not in question:
             defects.append("the rollout's own text stands in its teacher's prompt")
@@ -126,12 +128,13 @@ class ContextInspector:
     def _peer(scored: ScoredRollout, group: ScoredGroup) -> Rollout | None:
         return next((s.rollout for s in group.rollouts if s.rollout.index == scored.privileged.shown_index), None)
 
-    def _without_beginning(self, text: str, cut_tokens: int) -> str:
-        """What is left of a solution of which so many tokens were cut."""
-        if not cut_tokens:
-            return text
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text[offsets[cut_tokens][0]:] if cut_tokens < len(offsets) else ""
+    def _cleaned_end(self, text: str, cut_tokens: int) -> str:
+        """What may be shown of a text, squeezed, without its first `cut_tokens` tokens."""
+        text = self._prompts.clean(text)
+        if cut_tokens:
+            offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            text = text[offsets[cut_tokens][0]:] if cut_tokens < len(offsets) else ""
+        return _squeeze(text)
 
     def _thinking_end(self, rollout: Rollout) -> int | None:
         if THINKING_END not in rollout.text:  # decoding tokens one by one is slow
