@@ -21,6 +21,7 @@ from megatron_antisd.evaluation.standalone import build_standalone
 from megatron_antisd.evaluation.statistics import pass_at_k
 from megatron_antisd.evaluation.store import StoreError, weights_name
 from megatron_antisd.metrics import MetricsWriter
+from megatron_antisd.metrics.files import CONFIG
 from megatron_antisd.run import SETUP_ERRORS, Run, set_up_logging
 
 __all__ = ["evaluate", "is_due", "is_pending", "main", "pass_at_k"]
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     with MetricsWriter(alone.evaluator.directory, config=config.logging, total_steps=max(config.run.steps, alone.step), resume_step=None,
                        run_name=config.run.name, is_writer=alone.evaluator.is_main, evaluation_alone=True) as metrics:
         if alone.evaluator.is_main:
-            (alone.evaluator.directory / "config.yaml").write_text(dump_config(config))
+            (alone.evaluator.directory / CONFIG).write_text(dump_config(config))
         try:
             alone.evaluator.evaluate(metrics, alone.step, alone.policy)
         except StoreError as error:

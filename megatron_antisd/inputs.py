@@ -41,10 +41,9 @@ def read_inputs(config: RunConfig, *, training: bool) -> Inputs:
     prompts = PromptBuilder(tokenizer, config.data, config.privileged, context)
     if training:
         prompts.require_room(problems, config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    own_limit = config.evaluation.max_new_tokens
     for name, held_out in benchmarks.items():
         _check_repetitions(name, held_out)
-    own_limit = config.evaluation.max_new_tokens
-    for held_out in benchmarks.values():
         prompts.require_room(held_out, own_limit or config.rollout.max_new_tokens,
                              "evaluation.max_new_tokens" if own_limit else "rollout.max_new_tokens")
     return Inputs(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # a grading worker reads `CodeTests` and has no use for torch
     import torch
 
 
+CORRECT_REWARD = 1.0
+"""From this reward on a rollout is correct: a program that passes some of its tests is no verified solution."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodeTests:
     """The hidden tests of a programming task. What is expected never reaches the process that runs the program.

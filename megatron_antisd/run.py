@@ -27,6 +27,7 @@ from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder
 from megatron_antisd.evaluation.evaluator import Evaluator, build_evaluator
 from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.inputs import Inputs, read_inputs
+from megatron_antisd.metrics.files import CONFIG
 from megatron_antisd.policy import build_engine_and_trainer, build_probe
 from megatron_antisd.rollout.engine import Engine, EngineError, Sampling
 from megatron_antisd.rollout.probe import ProbeResult, SyncProbe, synchronise
@@ -67,7 +68,7 @@ class Run:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Response text without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.evaluator.decode(ids)
 
     def token_text(self, token: int) -> str:
         """One token's text, special ones by their name."""
@@ -176,7 +177,7 @@ def write_config(run: Run) -> None:
     """Keep the full resolved configuration beside the run's results; say what a resume changes. For a run that trains."""
     if not run.is_main:
         return
-    path = run.config.directory / "config.yaml"
+    path = run.config.directory / CONFIG
     path.parent.mkdir(parents=True, exist_ok=True)
     if run.resumed and path.is_file():
         before, now = yaml.safe_load(path.read_text()), run.config.model_dump(mode="json")

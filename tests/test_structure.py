@@ -44,8 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"records", "config", "planning"},
     "audit": {"records", "config", "data", "grading", "metrics", "rollout.replay"},
     "evaluation": {"records", "config", "data", "grading", "metrics", "rollout", "inputs"},
-    "evaluation.standalone": {"config", "inputs", "policy", "rollout", "parallel"},
-    "prepare": {"records", "config", "data", "grading"},
+    "evaluation.standalone": {"config", "inputs", "metrics", "policy", "rollout", "parallel"},
+    "prepare": {"records", "config", "data", "grading", "metrics.files"},
     "inputs": {"records", "config", "data", "grading"},
     "convert": {"records", "config", "compat", "models", "parallel", "checkpoint"},
 }

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_antisd.data import PromptBuilder, feedback_for
-from megatron_antisd.data.templates import CORRECT_REWARD
-from megatron_antisd.records import Rollout, ScoredGroup, ScoredRollout
+from megatron_antisd.grading.boxes import THINKING_END
+from megatron_antisd.records import CORRECT_REWARD, Rollout, ScoredGroup, ScoredRollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THINKING_START, THINKING_END = "<think>", "</think>"
+THINKING_START = "<think>"
 LONG_TEXT = 40
 """Characters below which a text may well stand in a prompt by chance (an answer that the question names)."""
 

@@ -12,6 +12,7 @@ from megatron_antisd.config import RunConfig, load_config, rules
 from megatron_antisd.data import PromptBuilder, load_tokenizer
 from megatron_antisd.grading import GradingPool
 from megatron_antisd.grading.building import build_pool
+from megatron_antisd.metrics.files import CONFIG
 from megatron_antisd.metrics.scored_rollouts import read_scored, scored_files
 from megatron_antisd.records import RolloutGroup, ScoredGroup, ScoredRollout
 from megatron_antisd.rollout.replay import read_rollouts
@@ -19,7 +20,6 @@ from megatron_antisd.rollout.replay import read_rollouts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONFIG = "config.yaml"
 
 
 class AuditError(ValueError):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_antisd.data import PromptBuilder
 from megatron_antisd.grading import GradingPool
 from megatron_antisd.grading.verdict import GradingTask
-from megatron_antisd.records import ScoredGroup
+from megatron_antisd.records import CORRECT_REWARD, ScoredGroup
 
 
 class SolutionCheck:
@@ -23,7 +23,7 @@ class SolutionCheck:
         shown = {(group.problem.id, text): group.problem for group in groups for text in self._shown(group)}
         new = {key: problem for key, problem in shown.items() if key not in self._passes}
         report = self._grader.grade_many([GradingTask(response=key[1], answer=p.answer, tests=p.tests) for key, p in new.items()])
-        self._passes |= {key: reward >= 1.0 for key, reward in zip(new, report.rewards, strict=True)}
+        self._passes |= {key: reward >= CORRECT_REWARD for key, reward in zip(new, report.rewards, strict=True)}
         return list(dict.fromkeys(identifier for identifier, text in shown if not self._passes[identifier, text]))
 
     def _shown(self, group: ScoredGroup) -> list[str]:

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING
 
 from megatron_antisd.config import DataConfig, PrivilegedConfig
 from megatron_antisd.data.sampler import stable_hash
-from megatron_antisd.records import PrivilegedView, Problem, Rollout, RolloutGroup, ScoringView
+from megatron_antisd.records import CORRECT_REWARD, PrivilegedView, Problem, Rollout, RolloutGroup, ScoringView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CORRECT_REWARD = 1.0
 RESERVED_CHAT_ARGUMENTS = ("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
                            "padding", "truncation", "max_length")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,17 +15,16 @@ from megatron_antisd.config import BenchmarkConfig, ConfigError, RunConfig, load
 from megatron_antisd.data import ProblemDataError, load_problems
 from megatron_antisd.data.problems import fingerprint
 from megatron_antisd.evaluation.statistics import summarise
-from megatron_antisd.evaluation.store import SampleStore, StoreError, graded_sample, read_samples
+from megatron_antisd.evaluation.store import StoreError, by_problem, graded_sample, read_samples, write_samples
 from megatron_antisd.evaluation.votes import final_vote
 from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.grading.building import build_pool
 from megatron_antisd.grading.groups import feedback_of, task_of
 from megatron_antisd.grading.verdict import GradingTask, Verdict
 from megatron_antisd.metrics import MetricsError, read_rows
-from megatron_antisd.metrics.files import EVALUATIONS, METRICS
+from megatron_antisd.metrics.files import CONFIG, EVALUATIONS, METRICS, json_line, write_whole
 from megatron_antisd.records import Problem
 
-CONFIG = "config.yaml"
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +91,7 @@ def regrade(run: Path, config: RunConfig, only: Sequence[str] = (), *, write: bo
     if write:
         for result in results:
             _keep(result.path)
-            SampleStore(result.path, read_samples(result.path)[0]).replace(_by_problem(result.rows), result.header)
+            write_samples(result.path, result.header, result.rows)
         _rewrite_metrics(run / METRICS, results)
     return results
 
@@ -135,14 +132,7 @@ def _keep(path: Path) -> None:
 
 
 def _summary(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return summarise(header["benchmark"], [[graded_sample(row) for row in samples] for samples in _by_problem(rows).values()])
-
-
-def _by_problem(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["problem_id"], []).append(row)
-    return found
+    return summarise(header["benchmark"], [[graded_sample(row) for row in samples] for samples in by_problem(rows).values()])
 
 
 def _rewrite_metrics(path: Path, results: Sequence[Regraded]) -> None:
@@ -156,13 +146,8 @@ def _rewrite_metrics(path: Path, results: Sequence[Regraded]) -> None:
         if any(key.startswith("eval/") for key in row) and row["step"] in new:
             benchmarks = {key.split("/")[1] for key in new[row["step"]]}
             row = {**{key: value for key, value in row.items() if key.split("/")[1:2] not in [[b] for b in benchmarks]}, **new[row["step"]]}
-        lines.append(json.dumps(row, allow_nan=False) + "\n")
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        lines.append(json_line(row))
+    write_whole(path, lines)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from megatron_antisd.config import ConfigError, RunConfig, load_config
 from megatron_antisd.evaluation.evaluator import Evaluator, build_evaluator
 from megatron_antisd.evaluation.store import weights_name
 from megatron_antisd.inputs import Inputs, read_inputs
+from megatron_antisd.metrics.files import CONFIG
 from megatron_antisd.policy import build_engine_and_trainer, build_probe, build_vllm_engine
 from megatron_antisd.rollout.engine import Engine
 from megatron_antisd.rollout.probe import synchronise
@@ -65,7 +66,7 @@ def _build_engine(config: RunConfig, inputs: Inputs) -> Engine:
 def _with_newest_checkpoint(config: RunConfig) -> RunConfig:
     from megatron_antisd.parallel.checkpoint_files import checkpoints, latest_checkpoint
 
-    of_run, folder = config.directory / "config.yaml", config.directory / "checkpoints"
+    of_run, folder = config.directory / CONFIG, config.directory / "checkpoints"
     if not config.checkpoint.resume or not of_run.is_file() or load_config(of_run).model.path != config.model.path or not checkpoints(folder):
         return config
     newest = latest_checkpoint(folder)

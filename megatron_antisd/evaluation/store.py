@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_antisd.evaluation.statistics import GradedSample
-from megatron_antisd.metrics.files import EVALUATIONS
+from megatron_antisd.metrics.files import EVALUATIONS, json_line, write_whole
+from megatron_antisd.records import CORRECT_REWARD
 
 _log = logging.getLogger(__name__)
 
 SAMPLE_KEYS = {"problem_id", "index", "reward", "feedback", "truncated", "tokens", "answer", "text"}
-
-
 DIGESTED_BYTES = 1 << 16
 """At each end of a file of weights."""
 
@@ -51,19 +50,13 @@ class SampleStore:
         for problem_id, samples in rows.items():
             self._check(problem_id, samples)
         with self.path.open("ab") as file:
-            file.write(b"".join(_line(sample) for samples in rows.values() for sample in samples))
+            file.write(b"".join(json_line(sample) for samples in rows.values() for sample in samples))
             file.flush()
             os.fsync(file.fileno())
         self._rows |= {problem_id: [dict(sample) for sample in samples] for problem_id, samples in rows.items()}
 
     def rows(self, problem_id: str) -> list[dict[str, Any]]:
         return self._rows[problem_id]
-
-    def replace(self, rows: Mapping[str, Sequence[Mapping[str, Any]]], header: Mapping[str, Any]) -> None:
-        """All samples anew, as after grading again; whole or not at all."""
-        self._header = json.loads(json.dumps(header))
-        self._rows = {problem_id: [dict(sample) for sample in samples] for problem_id, samples in rows.items()}
-        self._write_all()
 
     def _check(self, problem_id: str, samples: Sequence[Mapping[str, Any]]) -> None:
         indices = [sample.get("index") for sample in samples]
@@ -80,31 +73,36 @@ class SampleStore:
             _log.warning("%s holds samples of another evaluation (%s differ); moved to %s", self.path, ", ".join(changed), old.name)
             self._write_all()
             return
-        by_problem: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_problem.setdefault(row["problem_id"], []).append(row)
-        self._rows = {problem_id: samples for problem_id, samples in by_problem.items() if len(samples) == header["samples"]}
+        found = by_problem(rows)
+        self._rows = {problem_id: samples for problem_id, samples in found.items() if len(samples) == header["samples"]}
         for problem_id, samples in self._rows.items():
             self._check(problem_id, samples)
         if self._rows:
             _log.info("%s: continuing with the samples of %d problems", self.path, len(self._rows))
-        if cut_off or len(self._rows) < len(by_problem):
+        if cut_off or len(self._rows) < len(found):
             self._write_all()
 
     def _write_all(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(_line(self._header))
-            file.writelines(_line(sample) for samples in self._rows.values() for sample in samples)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_samples(self.path, self._header, [sample for samples in self._rows.values() for sample in samples])
+
+
+def write_samples(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A file of samples anew, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, map(json_line, (header, *rows)))
+
+
+def by_problem(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Problem id -> its samples, in the order of the rows."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["problem_id"], []).append(row)
+    return found
 
 
 def graded_sample(row: Mapping[str, Any]) -> GradedSample:
-    """A stored sample as the summary takes it: correct is a reward of 1."""
-    return GradedSample(correct=row["reward"] >= 1.0, truncated=row["truncated"], tokens=row["tokens"], answer=row["answer"])
+    """A stored sample as the summary takes it: correct is a reward of at least CORRECT_REWARD."""
+    return GradedSample(correct=row["reward"] >= CORRECT_REWARD, truncated=row["truncated"], tokens=row["tokens"], answer=row["answer"])
 
 
 def weights_name(path: Path) -> str:
@@ -155,7 +153,3 @@ def _aside(path: Path) -> Path:
     while (old := path.with_name(f"{path.stem}.old-{number}.jsonl")).exists():
         number += 1
     return path.rename(old)
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-THINKING_END = "</think>"
+from megatron_antisd.grading.boxes import THINKING_END
+
 MAX_FENCE_CHARACTERS = 1000
 """Of a line that opens or closes a block."""
 MAX_NESTED = 4

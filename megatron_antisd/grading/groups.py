@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_antisd.config import PrivilegedConfig
 from megatron_antisd.grading.pool import GradingPool, GradingReport
 from megatron_antisd.grading.verdict import GradingTask, Verdict
-from megatron_antisd.records import Problem, Rollout, RolloutGroup
+from megatron_antisd.records import CORRECT_REWARD, Problem, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,4 +91,4 @@ def feedback_of(verdict: Verdict, usual: PrivilegedConfig) -> str:
     """What the teacher is told: the grader's own words, or the usual ones."""
     if verdict.feedback is not None:
         return verdict.feedback
-    return usual.correct if verdict.reward >= 1.0 else usual.incorrect
+    return usual.correct if verdict.reward >= CORRECT_REWARD else usual.incorrect

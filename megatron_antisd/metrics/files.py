@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CONFIG = "config.yaml"
 METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID = "metrics.jsonl", "samples.jsonl", "token_u.jsonl", "tensorboard", "wandb_id.txt"
 ROLLOUTS, EVALUATIONS = "rollouts", "evaluations"
 STEP_0 = "step_000000"
@@ -38,14 +39,30 @@ class JsonLines:
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows:
             return
-        text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        text = b"".join(map(json_line, rows))
         new = not self._path.is_file()
         with self._path.open("ab") as file:
-            file.write(text.encode("utf-8", errors="replace"))  # a lone surrogate in sampled text is no reason to stop
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         if new:
             _sync_directory(self._path.parent)
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """One line of a JSON-lines file. NaN raises ValueError; a lone surrogate in sampled text is no reason to stop."""
+    return (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+
+
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file whole or not at all; when this returns, it survives a crash."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_directory(path.parent)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -84,13 +101,7 @@ def _keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     kept = b"".join(line + b"\n" for line, row in _parse(path) if keep(row))
     if kept == path.read_bytes():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
+    write_whole(path, [kept])
 
 
 def remove_steps(directory: Path, step: int) -> None:

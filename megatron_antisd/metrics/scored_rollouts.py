@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_antisd.metrics.files import ROLLOUTS, MetricsError
+from megatron_antisd.metrics.files import ROLLOUTS, MetricsError, json_line, write_whole
 from megatron_antisd.records import PrivilegedView, Rollout, ScoredGroup, ScoredRollout, ScoringView, problem_from_json
 
 
@@ -36,13 +35,7 @@ def write_scored(directory: Path, step: int, method: str, groups: Sequence[Score
     rows = [_group_row(group) for group in groups]
     used = {token for row in rows for ids in (*row["prompts"], *(r["response_ids"] for r in row["rollouts"])) for token in ids}
     header = {"step": step, "method": method, "token_text": {token: token_text(token) for token in sorted(used)}}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        for row in (header, *rows):
-            file.write((json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, map(json_line, (header, *rows)))
     return path
 
 

@@ -60,15 +60,13 @@ class MetricsWriter:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self._evaluation_alone = evaluation_alone
-        if evaluation_alone:
-            pass
-        elif resume_step is None:
-            move_aside(directory)
-        else:
+        if resume_step is not None:
             for name in (METRICS, SAMPLES, TOKEN_U):
                 remove_from_step(directory / name, resume_step)
             for name in (ROLLOUTS, EVALUATIONS):
                 remove_steps(directory / name, resume_step)
+        elif not evaluation_alone:
+            move_aside(directory)
         self._directory = directory
         self._metrics = JsonLines(directory / METRICS)
         self._samples = JsonLines(directory / SAMPLES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_antisd.data.rows import ProblemDataError, required_text
 from megatron_antisd.grading.sandbox import SandboxSettings
+from megatron_antisd.metrics.files import json_line, write_whole
 from megatron_antisd.prepare.code import CodeRowError, code_problem, is_code_row
 from megatron_antisd.prepare.decontamination import Decontamination
 from megatron_antisd.prepare.schemas import Dropped, identifier_of, read_row
@@ -95,14 +95,14 @@ def write_prepared(prepared: Prepared, output: Path, *, source: Source, options:
     if not prepared.problems:
         raise PrepareError(f"{source.name}: none of {prepared.rows} rows is left; dropped: {dict(prepared.dropped)}; the first: {prepared.examples}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    _replace(output, "".join(json.dumps(_row(problem), ensure_ascii=False) + "\n" for problem in prepared.problems))
+    write_whole(output, (json_line(_row(problem)) for problem in prepared.problems))
     manifest = {
         "source": dataclasses.asdict(source), "options": dict(options), "rows": prepared.rows, "problems": len(prepared.problems),
         "dropped": dict(prepared.dropped), "examples": prepared.examples,
         "decontaminated_against": {name: {"path": str(path), "sha256": file_sha256(path)} for name, path in against.items()},
         "sha256": file_sha256(output),
     }
-    _replace(manifest_path(output), json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    write_whole(manifest_path(output), [(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")])
     return manifest
 
 
@@ -126,12 +126,3 @@ def _row(problem: Problem) -> dict[str, Any]:
     row: dict[str, Any] = {"id": problem.id, "problem": problem.prompt}
     row |= {"answer": problem.answer} if problem.tests is None else {"tests": dataclasses.asdict(problem.tests)}
     return row | {key: value for key, value in (("solution", problem.solution), ("source", problem.source)) if value}
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(text.encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -11,9 +11,7 @@ from typing import Any
 
 from megatron_antisd.config import AlgorithmConfig, ConfigError, GateConfig, RunConfig, load_config
 from megatron_antisd.metrics import MetricsError, read_metrics, read_rows
-from megatron_antisd.metrics.files import METRICS, SAMPLES, TOKEN_U
-
-CONFIG = "config.yaml"
+from megatron_antisd.metrics.files import CONFIG, METRICS, SAMPLES, TOKEN_U
 
 
 @dataclass(frozen=True, kw_only=True)
