@@ -39,7 +39,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "bench": ["trl==1.16.*"],  # what benchmarks/against_trl.py compares with
     # mbridge is a second opinion on weight conversion (tests/models/test_mbridge.py): pure Python, no requirements of its own
-    "dev": ["mbridge==0.15.1", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
+    "dev": ["hypothesis", "mbridge==0.15.1", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 
 setup(

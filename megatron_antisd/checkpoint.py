@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import tensor_parallel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_antisd.durable import write_json
 from megatron_antisd.models.huggingface import copy_model_files
 from megatron_antisd.parallel.checkpoint_files import (
     FORMAT,
@@ -41,7 +42,6 @@ from megatron_antisd.parallel.checkpoint_files import (
     read_json,
     read_manifest,
     step_of,
-    write_json,
 )
 from megatron_antisd.parallel.global_tensors import GlobalTensor, SavePlanner
 from megatron_antisd.parallel.layout import ProcessLayout

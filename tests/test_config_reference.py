@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -35,11 +35,14 @@ def test_every_key_stands_once() -> None:
 
 def test_defaults_are_valid_yaml_and_the_schemas() -> None:
     """Written into a configuration, the page's defaults give the defaults."""
-    raw: dict[str, dict[str, object]] = {}
+    raw: dict[str, Any] = {}
     for key, _, default, _ in ROW.findall(PAGE.read_text().replace("\\|", "|")):
-        section, _, leaf = key.partition(".")
+        *sections, leaf = key.strip("`").split(".")
         if default != "required" and "[]" not in key:
-            raw.setdefault(section, {})[leaf] = yaml.safe_load(default.strip("`"))
+            node = raw
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[leaf] = yaml.safe_load(default.strip("`"))
     required = {"model": {"path": "m"}, "data": {"train": ["t"]}}
     for section, values in required.items():
         raw[section] = {**raw[section], **values}

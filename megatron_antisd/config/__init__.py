@@ -2,11 +2,11 @@
 and the world size before anything starts (`rules`)."""
 
 from megatron_antisd.config.load import build_config, dump_config, known_keys, load_config
+from megatron_antisd.config.reliability import CheckpointConfig, HealthConfig, SupervisionConfig
 from megatron_antisd.config.schema import (
     DEFAULT_PRIVILEGED_TEMPLATE,
     AlgorithmConfig,
     BenchmarkConfig,
-    CheckpointConfig,
     DataConfig,
     DebugConfig,
     EvaluationConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "EvaluationConfig",
     "GateConfig",
     "GradingConfig",
+    "HealthConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -49,6 +50,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "Section",
+    "SupervisionConfig",
     "TrainerConfig",
     "build_config",
     "dump_config",

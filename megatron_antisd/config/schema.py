@@ -1,4 +1,5 @@
-"""Every configuration key: its type, default and meaning stand here, those of model and trainer in `training`, and nowhere else."""
+"""Every configuration key: its type, default and meaning stand here, those of model and trainer in `training`,
+those that keep a run alive in `reliability`, and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_antisd.config.benchmarks import BENCHMARKS, default_path
+from megatron_antisd.config.reliability import CheckpointConfig, HealthConfig, SupervisionConfig
 from megatron_antisd.config.training import ModelConfig, OptimizerConfig, ParallelConfig, Section, TrainerConfig
 
 DEFAULT_PRIVILEGED_TEMPLATE = (
@@ -165,19 +167,6 @@ class EvaluationConfig(Section):
     """Samples between two writes to the disk: what an interruption costs at most. Far above what the engine decodes at once."""
 
 
-class CheckpointConfig(Section):
-    every: int | None = Field(None, ge=1)
-    """Steps between checkpoints; the last step is saved whenever this is set."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
-    resume: bool = True
-    """Continue from the newest checkpoint in the run directory."""
-    continual_from: str | None = None
-    """A run directory or checkpoint of another method to start from: weights, optimizer, data position; the gate is calibrated anew."""
-    save_hf: bool = True
-    """Write the final policy as a Hugging Face checkpoint under `hf/`."""
-
-
 class DebugConfig(Section):
     save_rollouts: str | None = None
     """Directory: one file of graded rollouts a step."""
@@ -241,6 +230,8 @@ class RunConfig(Section):
     grading: GradingConfig = GradingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+    health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
     debug: DebugConfig = DebugConfig()

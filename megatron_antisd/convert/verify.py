@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from megatron_antisd.convert.ranks import ConvertError
 from megatron_antisd.convert.rows import EntryRows
 from megatron_antisd.convert.stored_tensors import StoredTensors
+from megatron_antisd.durable import file_sha256
 from megatron_antisd.models.huggingface import HuggingfaceCheckpoint, same_bytes
 
 Advance = Callable[[int], None]
@@ -55,13 +55,8 @@ def compare(entries: Iterable[EntryRows], hf: HuggingfaceCheckpoint, stored: Sto
     return Compared(tensors=tensors, nbytes=nbytes)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_checksums(directory: Path, expected: Mapping[str, str]) -> None:
     """Raises Difference for a file whose bytes are others than when it was written."""
     for name, checksum in expected.items():
-        if (found := sha256(directory / name)) != checksum:
+        if (found := file_sha256(directory / name)) != checksum:
             raise Difference(f"{directory / name} is damaged: its SHA-256 is {found}, the manifest says {checksum}")

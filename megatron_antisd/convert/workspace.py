@@ -17,8 +17,9 @@ from megatron_antisd.config.rules import TOKENIZER_FILES
 from megatron_antisd.convert.part_file import Finisher, PartFile
 from megatron_antisd.convert.progress import Progress
 from megatron_antisd.convert.ranks import ConvertError, Ranks
+from megatron_antisd.durable import sync, write_json
 from megatron_antisd.models.weight_map import Entry
-from megatron_antisd.parallel.checkpoint_files import read_json, sync, write_json
+from megatron_antisd.parallel.checkpoint_files import read_json
 
 ROOM_BESIDE = 64 << 20
 """Bytes wanted beside the weights: headers, manifest, tokenizer."""

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_antisd.config import BenchmarkConfig, ConfigError, RunConfig, load_config
 from megatron_antisd.data import ProblemDataError, load_problems
 from megatron_antisd.data.problems import fingerprint
+from megatron_antisd.durable import write_whole
 from megatron_antisd.evaluation.statistics import summarise
 from megatron_antisd.evaluation.store import StoreError, by_problem, graded_sample, read_samples, write_samples
 from megatron_antisd.evaluation.votes import final_vote
@@ -22,7 +23,7 @@ from megatron_antisd.grading.building import build_pool
 from megatron_antisd.grading.groups import feedback_of, task_of
 from megatron_antisd.grading.verdict import GradingTask, Verdict
 from megatron_antisd.metrics import MetricsError, read_rows
-from megatron_antisd.metrics.files import CONFIG, EVALUATIONS, METRICS, json_line, write_whole
+from megatron_antisd.metrics.files import CONFIG, EVALUATIONS, METRICS, json_line
 from megatron_antisd.records import Problem
 
 _log = logging.getLogger(__name__)

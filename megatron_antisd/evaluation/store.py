@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_antisd.durable import append_whole, write_whole
 from megatron_antisd.evaluation.statistics import GradedSample
-from megatron_antisd.metrics.files import EVALUATIONS, json_line, write_whole
+from megatron_antisd.metrics.files import EVALUATIONS, json_line
 from megatron_antisd.records import CORRECT_REWARD
 
 _log = logging.getLogger(__name__)
@@ -49,10 +49,7 @@ class SampleStore:
         """Problem id -> its samples, all of them, in the order of their index."""
         for problem_id, samples in rows.items():
             self._check(problem_id, samples)
-        with self.path.open("ab") as file:
-            file.write(b"".join(json_line(sample) for samples in rows.values() for sample in samples))
-            file.flush()
-            os.fsync(file.fileno())
+        append_whole(self.path, b"".join(json_line(sample) for samples in rows.values() for sample in samples))
         self._rows |= {problem_id: [dict(sample) for sample in samples] for problem_id, samples in rows.items()}
 
     def rows(self, problem_id: str) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_antisd.durable import append_whole, write_whole
 
 CONFIG = "config.yaml"
 METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID = "metrics.jsonl", "samples.jsonl", "token_u.jsonl", "tensorboard", "wandb_id.txt"
@@ -39,30 +40,12 @@ class JsonLines:
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows:
             return
-        text = b"".join(map(json_line, rows))
-        new = not self._path.is_file()
-        with self._path.open("ab") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            _sync_directory(self._path.parent)
+        append_whole(self._path, b"".join(map(json_line, rows)))
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
     """One line of a JSON-lines file. NaN raises ValueError; a lone surrogate in sampled text is no reason to stop."""
     return (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
-
-
-def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file whole or not at all; when this returns, it survives a crash."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -151,12 +134,3 @@ def move_aside(directory: Path) -> None:
     if first.is_dir():
         shutil.copytree(first, directory / EVALUATIONS / STEP_0)
     _log.warning("%s held an earlier run's %s; moved to *.old-%d", directory, ", ".join(p.name for p in present), number)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename or a new file in `directory` survive a crash."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

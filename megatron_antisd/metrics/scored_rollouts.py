@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_antisd.metrics.files import ROLLOUTS, MetricsError, json_line, write_whole
+from megatron_antisd.durable import write_whole
+from megatron_antisd.metrics.files import ROLLOUTS, MetricsError, json_line
 from megatron_antisd.records import PrivilegedView, Rollout, ScoredGroup, ScoredRollout, ScoringView, problem_from_json
 
 

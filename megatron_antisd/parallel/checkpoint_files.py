@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -97,23 +96,6 @@ def file_sizes(directory: Path) -> dict[str, int]:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """To disk for good."""
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """A file's content, or a directory's list of names, to disk for good."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _fault(path: Path) -> str | None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_antisd.data.rows import ProblemDataError, required_text
+from megatron_antisd.durable import file_sha256, write_whole
 from megatron_antisd.grading.sandbox import SandboxSettings
-from megatron_antisd.metrics.files import json_line, write_whole
+from megatron_antisd.metrics.files import json_line
 from megatron_antisd.prepare.code import CodeRowError, code_problem, is_code_row
 from megatron_antisd.prepare.decontamination import Decontamination
 from megatron_antisd.prepare.schemas import Dropped, identifier_of, read_row
-from megatron_antisd.prepare.sources import PrepareError, Source, file_sha256
+from megatron_antisd.prepare.sources import PrepareError, Source
 from megatron_antisd.records import Problem
 
 MANIFEST_SUFFIX = ".manifest.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+
+from megatron_antisd.durable import file_sha256
 
 FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
@@ -105,8 +106,3 @@ def _open_dataset(name: str, subset: str | None, split: str | None) -> tuple[Sou
         raise PrepareError(f"{name} has the splits {sorted(loaded)}; name one with --split")
     label = f"{name}{f', {subset}' if subset else ''}, {split}, fingerprint {loaded._fingerprint}"
     return Source(name=label, sha256=None), iter(loaded)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_antisd.durable import write_whole
 from megatron_antisd.records import Rollout, RolloutGroup, problem_from_json
 
 
@@ -18,11 +19,7 @@ def save_rollouts(directory: str | Path, step: int, groups: Sequence[RolloutGrou
     """Write `directory/step_000001.jsonl`, a group a line; whole or not at all."""
     path = _path(directory, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        for group in groups:
-            file.write(json.dumps(dataclasses.asdict(group)) + "\n")
-    temporary.replace(path)
+    write_whole(path, ((json.dumps(dataclasses.asdict(group)) + "\n").encode() for group in groups))
 
 
 def load_rollouts(directory: str | Path, step: int) -> list[RolloutGroup]:
