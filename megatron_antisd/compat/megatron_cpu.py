@@ -73,6 +73,8 @@ def _torch_cuda_names() -> None:
     torch.Tensor.record_stream = lambda self, *args: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    # `with torch.device(...)` looks each factory up in a set that it makes at its first use: it must hold torch's own, which the replaced ones call.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "as_tensor"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _cuda_type_names()
