@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -84,7 +86,6 @@ def start_process_group(timeout_seconds: int) -> None:
 def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
     """Create Megatron's groups for `parallel` and seed every rank. Needs the default process group."""
     from megatron.core import parallel_state as ps
-    from megatron.core import tensor_parallel
 
     ps.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
@@ -96,8 +97,7 @@ def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
         distributed_timeout_minutes=-(-parallel.timeout_seconds // 60),
         create_gloo_process_groups=torch.cuda.is_available(),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
-    torch.manual_seed(seed + 1)
+    seed_generators(seed + 1)
     return ProcessLayout(
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
@@ -124,3 +124,13 @@ def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
         expert_tensor_size=ps.get_expert_tensor_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
     )
+
+
+def seed_generators(seed: int) -> None:
+    """Start every random number generator of this rank from `seed` (below 2^31)."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -22,12 +22,12 @@ def main() -> None:
     config = build_config({"model": {"path": model, "dtype": dtype}, "data": {"train": ["none"]}, "parallel": {"timeout_seconds": 60, **parallel}})
     start_process_group(60)
     megatron_cpu.install()
-    from megatron_antisd.checkpoint import save_checkpoint
+    from megatron_antisd.checkpoint import CheckpointWriter
     from megatron_antisd.models.build import describe
     from megatron_antisd.parallel.trainer import Trainer
 
     layout = build_layout(config.parallel, seed=len(overrides))
-    save_checkpoint(Path(output), 0, Trainer(config, layout, describe(model, layout.tensor_size)), {}, keep=1)
+    CheckpointWriter(Path(output), Trainer(config, layout, describe(model, layout.tensor_size))).save(0, {}, wait=True)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -2,7 +2,7 @@
 
 Usage: checkpoint_ranks.py MODEL CHECKPOINTS OUTPUT FIRST LAST OTHER_MODEL [key=value ...]
 
-FIRST 0 starts anew and saves after every step, keeping three. Another FIRST resumes from that step's checkpoint. With an
+FIRST 0 starts anew and saves after every step, in the background, keeping three. Another FIRST resumes from that step's checkpoint. With an
 OTHER_MODEL ("-" for none) a trainer of that model must refuse the checkpoint and stay as it was.
 """
 
@@ -22,15 +22,13 @@ from tiny import make_views
 from megatron_antisd.compat import megatron_cpu
 from megatron_antisd.parallel.layout import build_layout, start_process_group
 
-KEEP = 3
-
 
 def main() -> None:
     model, directory, output, first, last, other, *overrides = sys.argv[1:]
-    config = configuration(model, overrides)
+    config = configuration(model, [*overrides, "checkpoint.keep=3"])
     start_process_group(config.parallel.timeout_seconds)
     megatron_cpu.install()
-    from megatron_antisd.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_antisd.checkpoint import CheckpointWriter, load_checkpoint
     from megatron_antisd.models.build import describe
     from megatron_antisd.parallel.trainer import Trainer
 
@@ -38,6 +36,7 @@ def main() -> None:
     if other != "-":
         refuse_other_model(configuration(other, overrides), layout, Path(directory) / f"step_{int(first):06d}")
     trainer = Trainer(config, layout, describe(model, layout.tensor_size))
+    writer = CheckpointWriter(Path(directory), trainer)
     result: dict = {"steps": [], "draws": []}
     if int(first):
         result["state"] = load_checkpoint(Path(directory) / f"step_{int(first):06d}", trainer)
@@ -47,10 +46,10 @@ def main() -> None:
         result["steps"].append((stats.loss, stats.grad_norm))
         if not int(first):
             result["draws"].append(draws())
-            save_checkpoint(Path(directory), step + 1, trainer, {"step": step + 1, "gate": {"open": None, "entropy": 0.1 + 0.2}}, keep=KEEP)
+            writer.save(step + 1, {"step": step + 1, "gate": {"open": None, "entropy": 0.1 + 0.2}})  # goes on beside the next step
             result[f"weights-{step + 1}"] = weights(trainer)
     if not int(first):
-        refuse_unwritable_state(trainer, Path(directory), int(last) + 1)
+        refuse_unwritable_state(writer, int(last) + 1)
     result["draws"].append(draws())
     result["final"] = weights(trainer)
     everyone: list = [None] * dist.get_world_size()
@@ -92,19 +91,23 @@ def refuse_other_model(config, layout, checkpoint: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(stranger).items())
 
 
-def refuse_unwritable_state(trainer, directory: Path, step: int) -> None:
-    """The failure of rank 0 reaches every rank, and what it left is no checkpoint."""
-    from megatron_antisd.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
+def refuse_unwritable_state(writer, step: int) -> None:
+    """The failure of rank 0 reaches every rank, at the next call, and leaves no checkpoint and nothing in the next one's way."""
+    from megatron_antisd.checkpoint import CheckpointError, latest_checkpoint
 
+    writer.wait()
+    writer.save(step, {"value": object()})
     try:
-        save_checkpoint(directory, step, trainer, {"value": object()}, keep=KEEP)
+        writer.wait()
     except CheckpointError as error:
-        assert "not JSON serializable" in str(error), error
+        assert "not JSON serializable" in str(error) and "rank 0" in str(error), error
     else:
         raise AssertionError("a state that JSON cannot hold was saved")
-    assert (directory / f"step_{step:06d}.tmp").is_dir()
-    found = latest_checkpoint(directory)
+    dist.barrier()  # rank 0 has tidied up
+    assert not (writer.directory / f"step_{step:06d}.tmp").exists() and not writer.failed
+    found = latest_checkpoint(writer.directory)
     assert found is not None and found.name == f"step_{step - 1:06d}"
+    writer.wait()
 
 
 if __name__ == "__main__":

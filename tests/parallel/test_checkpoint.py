@@ -91,7 +91,7 @@ def test_only_the_newest_are_kept_and_only_whole_ones_are_found(runs: Runs, tmp_
 
     directory = tmp_path / "copy"
     shutil.copytree(runs.whole("tp2-ep2")[0], directory)
-    assert sorted(path.name for path in directory.iterdir()) == ["step_000002", "step_000003", "step_000004", "step_000005.tmp"]
+    assert sorted(path.name for path in directory.iterdir()) == ["step_000002", "step_000003", "step_000004"]
     assert latest_checkpoint(directory) == directory / "step_000004"
     data = next((directory / "step_000004" / "tensors").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
