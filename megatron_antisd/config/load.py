@@ -65,7 +65,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2001-99-99 or a number such as 0x_ is a ValueError
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
 
 
@@ -74,10 +74,16 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: its `base:` leads back to itself")
     if not path.is_file():
         raise ConfigError(f"no configuration file at {path}")
-    raw = _parse_yaml(path.read_text(), str(path)) or {}
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file: {error}") from error
+    raw = _parse_yaml(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as `model:` and `rollout:`")
     base = raw.pop("base", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: `base:` must name a file relative to this one, got {base!r}")
     return raw if base is None else _merge(_read_yaml(path.parent / base, (*above, path.resolve())), raw)
 
 

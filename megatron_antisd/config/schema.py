@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from megatron_antisd.config.benchmarks import BENCHMARKS, default_path
 from megatron_antisd.config.reliability import CheckpointConfig, HealthConfig, SupervisionConfig
@@ -74,7 +74,7 @@ class DataConfig(Section):
     """The student's user turn; must hold {problem} once."""
     system_prompt: str | None = None
     """System turn before every prompt."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Passed to the tokenizer's chat template (enable_thinking, say)."""
     shuffle: bool = True
     """A new order each epoch, from run.seed."""
@@ -261,6 +261,8 @@ class RunConfig(Section):
         names = [b.name for b in self.evaluation.benchmarks]
         if len(set(names)) != len(names):
             raise ValueError(f"evaluation.benchmarks: names must differ, got {names}")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise ValueError(f"optimizer.betas must lie from 0 to below 1, got {list(self.optimizer.betas)}")
         if self.rollout.problems_per_step % self.algorithm.updates_per_batch:
             raise ValueError(f"rollout.problems_per_step={self.rollout.problems_per_step} must be divisible by "
                              f"algorithm.updates_per_batch={self.algorithm.updates_per_batch}")
