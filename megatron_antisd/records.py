@@ -11,7 +11,8 @@ Shapes are stated beside the fields; `T_i` is the response length of rollout `i`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +168,19 @@ class TokenScores:
                                  f"from {len(self.lengths)} responses")
 
 
+class NonFiniteScores(ValueError):
+    """Log-probs of scored responses are NaN or infinite; raised on every rank alike. `token` is the first one's index among all scored response
+    tokens, `view` that of its view, `position` its place in that view's response. `lengths` are those of the views' responses."""
+
+    def __init__(self, message: str, *, token: int, lengths: Sequence[int]) -> None:
+        super().__init__(message)
+        self.token, self.view, self.position = token, 0, token
+        for length in lengths:
+            if self.position < length:
+                break
+            self.view, self.position = self.view + 1, self.position - length
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivilegedView:
     """The teacher's view of one rollout, or the reason why it has none."""
@@ -235,13 +249,12 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepStats:
-    """What one update reports; every rank holds the same values."""
+class UpdateFigures:
+    """What is known of one update before it is applied; global values, the same on every rank."""
 
     loss: float
     grad_norm: float
-    skipped: bool
-    """True when the update was not applied (non-finite loss or gradient)."""
+    """Of the whole gradient, before clipping."""
     clip_fraction: float
     student_entropy_mean: float
     mismatch_kl: float
@@ -249,6 +262,21 @@ class StepStats:
     mismatch_mean: float
     """mean |trainer - engine log-prob|."""
     mismatch_max: float
+    broken_tokens: int = 0
+    """Response tokens whose log-prob under the student is not finite; their u is not either."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update may be applied at all. The mismatch is not asked: the engine's log-probs take no part in the update."""
+        return not self.broken_tokens and all(map(math.isfinite, (self.loss, self.grad_norm, self.student_entropy_mean)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats(UpdateFigures):
+    """What one update reports; every rank holds the same values."""
+
+    skipped: bool
+    """True when the update was not applied: it was not finite, or it was refused. Nothing has changed then."""
     padding_share: float
     """Share of tokens through the model that were padding."""
     student: TokenScores

@@ -66,8 +66,8 @@ class SupervisionConfig(Section):
 
 class NonFiniteConfig(Section):
     action: Literal["skip", "stop", "rollback"] = "skip"
-    """When loss, gradient, u or a score is NaN or infinite. `skip` leaves the update out, `stop` ends the run, `rollback` goes back to the newest
-    checkpoint and on with the problems behind those of this step. Such an update is never applied."""
+    """When loss, gradient, entropy, a log-prob (hence u) or the mean reward is NaN or infinite. `skip` leaves the update out, `stop` ends the
+    run, `rollback` goes back to the newest checkpoint and on with the problems behind those of this step. Such an update is never applied."""
 
 
 class GradientSpikeConfig(Section):
@@ -76,7 +76,8 @@ class GradientSpikeConfig(Section):
     factor: float = Field(20.0, gt=1)
     """A spike is a norm above this many times the median of the `window` norms before it."""
     window: int = Field(50, ge=2)
-    """Norms in that median; none is judged before 10 of them, or `window` where that is less."""
+    """Norms in that median: of updates that were applied, above 0 and no spikes. None is judged before 10 of them, or `window` where that is
+    less; as many spikes in a row that were applied are a new level and no longer spikes."""
 
 
 class EntropyCollapseConfig(Section):
@@ -92,7 +93,7 @@ class RewardCollapseConfig(Section):
     action: Literal["log", "stop", "rollback"] = "log"
     """When the reward falls and stays low."""
     share: float = Field(0.25, ge=0, lt=1)
-    """A collapse is a mean reward of the last `window` steps below this share of the best such mean before."""
+    """A collapse is a mean reward of the last `window` steps below this share of the best such mean before; where that is not above 0, none."""
     window: int = Field(20, ge=1)
     """Steps in a mean."""
 
@@ -101,7 +102,7 @@ class MismatchConfig(Section):
     action: Action = "log"
     """When engine and trainer disagree on the sampled tokens' log-probs."""
     kl: float = Field(0.05, gt=0)
-    """Bound of `mismatch_kl`, nats."""
+    """Bound of an update's `mismatch_kl`, nats."""
 
 
 class AllTruncatedConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,15 +64,18 @@ def build_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParalle
 
 
 @torch.no_grad()
-def guarded_update(optimizer: MegatronOptimizer, clip_grad: float, finite_loss: bool) -> tuple[float, bool]:
-    """Clip by the global norm and step; leave everything untouched when loss or norm is not finite.
+def guarded_update(optimizer: MegatronOptimizer, clip_grad: float, finite_loss: bool,
+                   accept: Callable[[float], bool] = lambda norm: True) -> tuple[float, bool]:
+    """Clip by the global norm and step; leave weights, moments and step counts untouched when loss or norm is not finite, or when `accept`,
+    asked for every norm before anything is clipped, returns False.
 
     Returns (gradient norm before clipping, whether the update was applied); the same on every rank, because the norm is
-    global and `finite_loss` speaks of the global loss.
+    global and `finite_loss` speaks of the global loss. `accept` must answer alike on all of them.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not (finite_loss and math.isfinite(norm)):
+    accepted = accept(norm)
+    if not (accepted and finite_loss and math.isfinite(norm)):
         return norm, False
     for part in _parts(optimizer):
         parameters = part.get_parameters()

@@ -6,6 +6,7 @@ divided by the global token count, so gradients are plain sums over micro-batche
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from megatron_antisd.parallel.stored_weights import load_model_weights
 from megatron_antisd.parallel.vocab import linear_log_prob_and_entropy, select_kernels
 from megatron_antisd.parallel.vocab_loss import linear_policy_loss
 from megatron_antisd.parallel.vocab_shard import NonFiniteHiddenError
-from megatron_antisd.records import ScoringView, StepStats, TokenScores, TrainingBatch
+from megatron_antisd.records import NonFiniteScores, ScoringView, StepStats, TokenScores, TrainingBatch, UpdateFigures
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Trainer:
 
     def score(self, views: Sequence[ScoringView], *, gather_entropy: bool = False) -> TokenScores:
         """Log-prob of every response token and the exact median of their entropies, without gradient; each token's entropy only where asked
-        for: nothing in training needs it beyond the rank that computed it. Collective; the same on every rank. Raises ValueError, on every
+        for: nothing in training needs it beyond the rank that computed it. Collective; the same on every rank. Raises NonFiniteScores, on every
         rank, where a log-prob is not finite."""
         # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
         short = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
@@ -75,13 +76,16 @@ class Trainer:
         broken = torch.nonzero(~log_prob.isfinite())
         if len(broken):
             first = int(broken[0])
-            raise ValueError(f"the log-probs of {len(broken)} of {tokens} scored response tokens are not finite, first that of token {first}, "
-                             f"{float(log_prob[first])}: the weights are not finite, or hidden states are (their rank logged it)")
+            raise NonFiniteScores(
+                f"the log-probs of {len(broken)} of {tokens} scored response tokens are not finite, first that of token {first}, "
+                f"{float(log_prob[first])}: the weights are not finite, or hidden states are (their rank logged it)", token=first, lengths=lengths)
         return TokenScores(log_prob=log_prob, entropy_median=self._median_entropy(plan, results, tokens),
                            entropy=self._assemble(plan, results, 1)[:tokens] if gather_entropy else None, lengths=lengths)
 
-    def step(self, batch: TrainingBatch, learning_rate: float) -> StepStats:
-        """One policy update; skipped, with nothing changed, when loss or gradient is not finite. Collective."""
+    def step(self, batch: TrainingBatch, learning_rate: float, *, accept: Callable[[UpdateFigures], bool] = lambda figures: True) -> StepStats:
+        """One policy update. `accept` is asked once, when the gradient is there and before anything is clipped or changed; where it returns
+        False, or where the figures are not finite whatever it returns, weights, moments and step counts stay as they are. Collective; every
+        rank asks with the same figures, and all must answer alike."""
         plan = plan_rows(batch.views, self.layout, self.config.trainer.micro_batch_tokens, model=self._cost)
         weights = token_weights(batch.lengths, batch.sequence_mask, self.config.algorithm.loss)
         sequence_advantage = batch.sequence_advantage.repeat_interleave(torch.tensor(batch.lengths))
@@ -93,17 +97,20 @@ class Trainer:
         log_prob = self._assemble(plan, results, 0)
         loss, clipped, entropy = self._sum_over_batch(
             [r[2] for r in results], [r[3] for r in results], [r[1].double().sum() for r in results])
-        set_learning_rate(self.optimizer, learning_rate)
-        norm, applied = guarded_update(self.optimizer, self.config.optimizer.clip_grad, finite_loss=_finite(loss))
         # Between trainer and engine at the weights that sampled; what earlier updates of this batch moved is no mismatch.
         difference = (log_prob if batch.old_log_prob is None else batch.old_log_prob) - batch.engine_log_prob
-        return StepStats(
-            loss=loss, grad_norm=norm, skipped=not applied, clip_fraction=clipped / batch.tokens,
-            student_entropy_mean=entropy / sum(plan.lengths),
+        before_gradient = UpdateFigures(
+            loss=loss, grad_norm=0.0, clip_fraction=clipped / batch.tokens, student_entropy_mean=entropy / sum(plan.lengths),
             mismatch_kl=float((torch.expm1(difference.double()) - difference.double()).mean()),
             mismatch_mean=float(difference.abs().double().mean()), mismatch_max=float(difference.abs().max()),
-            padding_share=plan.padding_share, student=TokenScores(log_prob=log_prob, entropy_median=None, lengths=plan.lengths),
-        )
+            broken_tokens=int((~log_prob.isfinite()).sum()))
+        set_learning_rate(self.optimizer, learning_rate)
+        norm, applied = guarded_update(
+            self.optimizer, self.config.optimizer.clip_grad, finite_loss=before_gradient.finite,
+            accept=lambda norm: accept(dataclasses.replace(before_gradient, grad_norm=norm)))
+        return StepStats(
+            **{**vars(before_gradient), "grad_norm": norm}, skipped=not applied, padding_share=plan.padding_share,
+            student=TokenScores(log_prob=log_prob, entropy_median=None, lengths=plan.lengths))
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) of the whole policy, bucketed. Collective: drain it on every rank."""
@@ -240,7 +247,3 @@ class Trainer:
 def _sum_gradients(chunks: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's reductions without its division by a token count: the loss is divided by the global count already."""
     finalize_model_grads(chunks, None, **kwargs)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

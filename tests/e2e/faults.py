@@ -52,14 +52,14 @@ def _break_steps(module: Any) -> None:
     step, predicting, update = module.Trainer.step, module.Trainer._predicting, module.guarded_update
     last = dist.get_rank() == dist.get_world_size() - 1
 
-    def broken_step(self: Any, batch: Any, learning_rate: float) -> Any:
+    def broken_step(self: Any, batch: Any, learning_rate: float, **options: Any) -> Any:
         count["step"] += 1
         if count["step"] == NAN_SEQUENCE:
             advantage = batch.sequence_advantage.clone()
             advantage[3] = float("nan")  # one sequence of sixteen: one data-parallel rank meets it
             batch = dataclasses.replace(batch, sequence_advantage=advantage)
         before = {name: tensor.clone() for name, tensor in self.export()}
-        stats = step(self, batch, learning_rate)
+        stats = step(self, batch, learning_rate, **options)
         after = dict(self.export())
         unchanged = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
         assert unchanged == stats.skipped, f"step {count['step']}: skipped {stats.skipped}, weights unchanged {unchanged}"
@@ -69,11 +69,11 @@ def _break_steps(module: Any) -> None:
         given = predicting(self, row, hidden)
         return given * float("nan") if count["step"] == NAN_FORWARD and given.requires_grad and last else given
 
-    def broken_update(optimizer: Any, clip_grad: float, finite_loss: bool) -> Any:
+    def broken_update(optimizer: Any, clip_grad: float, **options: Any) -> Any:
         if count["step"] == INFINITE_GRADIENT and last:
             for buffer in broken_update.trainer.ddp[0].buffers:
                 buffer.grad_data.fill_(float("inf"))
-        return update(optimizer, clip_grad, finite_loss=finite_loss)
+        return update(optimizer, clip_grad, **options)
 
     def remember(self: Any, *arguments: Any, **options: Any) -> None:
         initialise(self, *arguments, **options)
