@@ -105,7 +105,7 @@ def _model_problems(parallel: ParallelConfig, model: Mapping[str, Any]) -> Itera
     yield from _architecture_problems(model, moe=moe)
     missing = _missing(model)
     if missing:
-        yield f"model.path: config.json lacks {', '.join(missing)}; they are needed to check the layout"
+        yield f"model.path: config.json lacks {', '.join(missing)} (whole numbers of at least 1); they are needed to check the layout"
         return
     yield from _trainer_problems(parallel, model)
     yield from _expert_problems(parallel, model, moe=moe)
@@ -116,18 +116,23 @@ def _complete(model: Mapping[str, Any]) -> Mapping[str, Any]:
     # transformers 5 writes the number of experts of Qwen3-MoE as num_local_experts; earlier releases as num_experts.
     model = {**model, "num_experts": model.get("num_experts", model.get("num_local_experts"))}
     heads, hidden = model.get("num_attention_heads"), model.get("hidden_size")
-    if model.get("model_type") == "olmo3" and heads and hidden:  # its published configs leave out what equals the default
+    if model.get("model_type") == "olmo3" and _is_size(heads) and _is_size(hidden):  # its published configs leave out what equals the default
         model = {**model, "num_key_value_heads": model.get("num_key_value_heads") or heads, "head_dim": model.get("head_dim") or hidden // heads}
     return model
 
 
 def _missing(model: Mapping[str, Any]) -> list[str]:
-    return [key for key in (*MODEL_KEYS, *(MOE_KEYS if model.get("model_type") == "qwen3_moe" else ())) if model.get(key) is None]
+    return [key for key in (*MODEL_KEYS, *(MOE_KEYS if model.get("model_type") == "qwen3_moe" else ())) if not _is_size(model.get(key))]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _architecture_problems(model: Mapping[str, Any], *, moe: bool) -> Iterator[str]:
     """What a config.json of a supported family can ask for and this version does not build."""
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"type": rope}
     parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
     kinds = [part.get("rope_type") or part.get("type") or "default" for part in parts]
     unsupported = {"attention_bias=true": model.get("attention_bias"), "use_sliding_window=true": model.get("use_sliding_window")}

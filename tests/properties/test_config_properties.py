@@ -107,7 +107,7 @@ def test_no_text_makes_the_reader_crash(text: str, override: str) -> None:
     assert read(dump_config(config)) == config
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", "run: {name: \x00}".encode(), b"base: 3", b"base: {a: b}"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: {name: \x00}", b"base: 3", b"base: {a: b}"])
 def test_files_that_are_no_configuration(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match="run.yaml"):
