@@ -12,8 +12,9 @@ import gc
 import logging
 import os
 import random
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ _REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # external_launcher runs th
 _CLOBBERED = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "NUMEXPR_MAX_THREADS")
 
 _installed = False
-_shm_token = ""
 
 
 def prepare_environment() -> None:
@@ -49,14 +49,12 @@ def prepare_environment() -> None:
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
 
 
-def install(shm_token: str) -> None:
-    """Apply the repairs, once a process; later calls only renew `shm_token`.
+def install() -> None:
+    """Apply the repairs, once a process.
 
-    `shm_token`: a short name, the same on every rank and new for every engine (see `_unique_shared_memory_names`).
     Raises RuntimeError on a CPU build of another vLLM version: private functions are replaced. On a GPU it warns.
     """
-    global _installed, _shm_token
-    _shm_token = shm_token
+    global _installed
     if _installed:
         return
     import vllm
@@ -72,7 +70,7 @@ def install(shm_token: str) -> None:
     _keep_default_process_group()
     if cpu:
         _prepack_experts_on_reload()
-        _unique_shared_memory_names()
+        _reduce_through_gloo()
         _leave_memory_unbound()
     _installed = True
 
@@ -82,17 +80,24 @@ def _keep_default_process_group() -> None:
 
     Only vLLM's own groups go here; the engine that had vLLM create the default group destroys it itself.
     """
-    import vllm.distributed.parallel_state as state
     import vllm.v1.engine.core as core
 
     def cleanup(shutdown_ray: bool = False) -> None:
-        state.destroy_model_parallel()
-        if state._WORLD is not None:
-            state._WORLD.destroy()
-        state._WORLD = state._NODE_COUNT = None
+        forget_groups()
         gc.collect()
 
     core.cleanup_dist_env_and_memory = cleanup
+
+
+def forget_groups() -> None:
+    """Destroy vLLM's process groups, where there are any, so that another engine can be built in this process."""
+    state = sys.modules.get("vllm.distributed.parallel_state")
+    if state is None:
+        return
+    state.destroy_model_parallel()
+    if state._WORLD is not None:
+        state._WORLD.destroy()
+    state._WORLD = state._NODE_COUNT = None
 
 
 def _prepack_experts_on_reload() -> None:
@@ -112,14 +117,14 @@ def _prepack_experts_on_reload() -> None:
     Method._setup_kernel = setup_kernel
 
 
-def _unique_shared_memory_names() -> None:
-    """Tensor-parallel ranks on CPU meet in a shared-memory file whose name is, under torchrun, the same for every job
-    (derived from `env://`): the file a crashed run leaves behind, or another job on the node, blocks the next start."""
-    import vllm.distributed.device_communicators.cpu_communicator as communicator
+def _reduce_through_gloo() -> None:
+    """Tensor-parallel ranks on CPU meet in shared memory, where they wait for each other in C without end: the partners of a rank that failed
+    could never be told. Besides, the file's name is, under torchrun, the same for every job (one that a crashed run leaves behind
+    blocks the next start), and each engine's 4 MiB a rank stay until the process ends. Without a common name vLLM takes torch's
+    collectives, which have a time-out."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-    owner = communicator._CPUSHMDistributed
-    original: Callable[[Any], str] = owner.make_group_name
-    owner.make_group_name = staticmethod(lambda group: f"{_shm_token}-{original(group).replace('/', '_')}")
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def _leave_memory_unbound() -> None:

@@ -109,6 +109,10 @@ class RolloutConfig(Section):
     """Decode every response to `max_new_tokens`: for benchmarks with fixed lengths."""
     probe_max_mean: float | None = Field(None, gt=0)
     """Largest mean |engine - trainer log-prob| the probe after a weight sync accepts; None takes 1e-4 in float32, 0.1 in bfloat16."""
+    max_restarts: int = Field(3, ge=0)
+    """Restarts of a broken engine in the life of this process, whatever step they fall in; the failure after that ends the run. 0: none."""
+    stall_seconds: float = Field(300.0, gt=0)
+    """An engine whose decoding step lasts longer than this has stopped answering and is restarted."""
 
 
 class GradingConfig(Section):
@@ -130,6 +134,8 @@ class GradingConfig(Section):
     """Where programs run: bubblewrap's namespaces, the project's own, or resource limits alone; `auto` takes the first that works here."""
     allow_weak_sandbox: bool = False
     """Accept `limits`, under which a program can read and write what its user can."""
+    max_rebuilds: int = Field(3, ge=0)
+    """Times that a rank's grader processes are all started anew, in the life of this process, since they died again and again; then the run ends."""
 
 
 class BenchmarkConfig(Section):

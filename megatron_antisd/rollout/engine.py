@@ -16,6 +16,10 @@ class EngineError(RuntimeError):
     """The engine cannot do what was asked, or it failed; raised on every rank with the same text."""
 
 
+class EngineFailure(EngineError):
+    """The engine broke or stopped answering; nothing is wrong with what it was asked. A new engine may do it (`RestartingEngine`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn. Example: `Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64, stop_token_ids=(2,))`."""
@@ -73,7 +77,7 @@ class Engine(Protocol):
         """All generations, in the order of the requests, on every rank. The engine spreads the requests over its replicas.
 
         `finished` is called between decoding steps, with or without responses that are done; every response is reported on one rank.
-        Raises EngineError: a prompt that leaves no room for `max_new_tokens`, requests that differ between ranks, a failure.
+        Raises EngineError: a prompt that leaves no room for `max_new_tokens`, requests that differ between ranks; EngineFailure where it breaks.
         """
         ...
 
@@ -82,7 +86,7 @@ class Engine(Protocol):
 
         Producing the stream may be collective, so every rank reads it to its end even where its engine fails. Tensors stay
         unchanged until the call returns (the engine keeps references). Drops everything cached from the old weights.
-        Raises EngineError for unknown, missing or repeated names and for shapes that do not fit.
+        Raises EngineError for unknown, missing or repeated names, EngineFailure for what else goes wrong, shapes that do not fit among it.
         """
         ...
 

