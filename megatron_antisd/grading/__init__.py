@@ -5,6 +5,6 @@ real time-outs and memory limits. Importing this package imports neither torch's
 """
 
 from megatron_antisd.grading.pool import GradingPool, GradingReport
-from megatron_antisd.grading.verdict import GradingError, GradingTask, Verdict
+from megatron_antisd.grading.verdict import GradingError, GradingPoolDied, GradingTask, Verdict
 
-__all__ = ["GradingError", "GradingPool", "GradingReport", "GradingTask", "Verdict"]
+__all__ = ["GradingError", "GradingPool", "GradingPoolDied", "GradingReport", "GradingTask", "Verdict"]

@@ -25,7 +25,8 @@ def build_pool(config: GradingConfig, problems: Iterable[Problem]) -> GradingPoo
             sandbox = choose_sandbox(config)
         except SandboxError as error:
             raise GradingError(f"{len(programming)} problems are programming tasks, and no sandbox can run them: {error}") from error
-    return GradingPool(config.workers, config.timeout_seconds, config.function, memory_bytes=config.memory_bytes, sandbox=sandbox)
+    return GradingPool(config.workers, config.timeout_seconds, config.function, memory_bytes=config.memory_bytes, sandbox=sandbox,
+                       max_rebuilds=config.max_rebuilds)
 
 
 def _check(problems: Iterable[Problem]) -> None:

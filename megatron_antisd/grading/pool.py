@@ -7,69 +7,29 @@ the parent: one loop waits on the pipes of all workers, so the pool works in eve
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from multiprocessing.connection import Pipe, wait
+from multiprocessing.connection import wait
 from types import TracebackType
 
+from megatron_antisd.grading.call import Call
+from megatron_antisd.grading.process import START_SECONDS, Worker
 from megatron_antisd.grading.sandbox import SandboxSettings
-from megatron_antisd.grading.verdict import CRASH, TIMEOUT, GradingError, GradingReport, GradingTask, Verdict
+from megatron_antisd.grading.verdict import GradingError, GradingPoolDied, GradingReport, GradingTask
 from megatron_antisd.grading.worker import FAILED_START, INVALID, MATH_FUNCTION, RAISED, READY, VERDICT, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 120.0
-"""Time-out of a worker's start: importing the function's module. Generous, for a network file system with many ranks."""
 START_ATTEMPTS = 3
 """Workers that may be lost in a row without having graded anything (while starting or idle) before the pool gives up."""
 
 _DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_WORKER_CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from megatron_antisd.grading.worker import serve; serve(int(sys.argv[2]), sys.argv[3])"
-)
-
-
 DEFAULT_MEMORY_BYTES = 4 << 30
-
-
-class _Worker:
-    """A worker process, its pipe and what it is busy with."""
-
-    def __init__(self, settings: WorkerSettings) -> None:
-        self.connection, child = Pipe()
-        self.ready = False
-        self.index: int | None = None
-        """Of the task it is grading."""
-        self.seconds = 0.0
-        """Wall clock that it was given for that."""
-        self.deadline = time.monotonic() + START_SECONDS
-        command = [sys.executable, "-c", _WORKER_CODE, json.dumps(sys.path), str(child.fileno()), settings.to_json()]
-        # Its own process group, so that whatever a user's function starts is killed with the worker.
-        self.process = subprocess.Popen(
-            command, pass_fds=(child.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        child.close()
-
-    def kill(self) -> int:
-        """End the process and what it started; returns its exit code (negative: the signal)."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has ended already
-        self.connection.close()
-        return self.process.wait()
 
 
 class GradingPool:
@@ -79,12 +39,14 @@ class GradingPool:
     `-> (float, feedback)`. It is loaded in the workers only, before the constructor returns. None: a task with tests goes to the code
     grader, which needs `sandbox` and has that one's deadline instead of `timeout_seconds`; any other task goes to the math grader.
 
-    Raises GradingError when the function cannot be loaded. Use as a context manager or call `close`; at the latest the
-    workers end with the pool's owner.
+    A pool whose workers die again and again is started anew by `rebuild`, `max_rebuilds` times at most; `grade_many` does so by itself.
+
+    Raises GradingError when the function cannot be loaded, GradingPoolDied when the workers do not live until they have loaded it. Use as a
+    context manager or call `close`; at the latest the workers end with the pool's owner.
     """
 
     def __init__(self, workers: int, timeout_seconds: float, function: str | None = None, *,
-                 memory_bytes: int | None = DEFAULT_MEMORY_BYTES, sandbox: SandboxSettings | None = None) -> None:
+                 memory_bytes: int | None = DEFAULT_MEMORY_BYTES, sandbox: SandboxSettings | None = None, max_rebuilds: int = 0) -> None:
         if workers < 1:
             raise ValueError(f"GradingPool: workers is {workers}, expected at least 1")
         if not 0 < timeout_seconds < float("inf"):
@@ -96,38 +58,71 @@ class GradingPool:
         self._code_timeout = timeout_seconds if function is not None or sandbox is None else sandbox.deadline
         self._settings = WorkerSettings(function=function, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes,
                                         sandbox=sandbox and sandbox.to_json())
-        self._lost = 0
+        self._size, self._max_rebuilds = workers, max_rebuilds
+        self._rebuilds, self._counted = 0, 0
         self._lock = threading.Lock()
-        self._workers: list[_Worker] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._lost = 0
+        self._workers: list[Worker] = []
         self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
         try:
-            self._workers.extend(_Worker(self._settings) for _ in range(workers))
+            for _ in range(self._size):
+                self._workers.append(Worker(self._settings))
             while not all(worker.ready for worker in self._workers):
-                self._await_messages(_Call())
+                self._await_messages(Call())
         except BaseException:
             self.close()
             raise
 
+    def rebuild(self, death: GradingPoolDied) -> None:
+        """All workers anew after `death`. Raises GradingError where that was done `max_rebuilds` times already or the function cannot be loaded."""
+        with self._lock:
+            while True:
+                if self._rebuilds >= self._max_rebuilds:
+                    raise GradingError(f"the grading pool died {self._rebuilds + 1} times in this process, and grading.max_rebuilds="
+                                       f"{self._max_rebuilds}; the last: {death}") from death
+                self._rebuilds += 1
+                logger.warning("rebuilding the grading pool (%d of at most %d times): %s", self._rebuilds, self._max_rebuilds, death)
+                self.close()
+                try:
+                    return self._start()
+                except GradingPoolDied as again:
+                    death = again
+
+    def take_rebuilds(self) -> int:
+        """Rebuilds since the last call."""
+        new, self._counted = self._rebuilds - self._counted, self._rebuilds
+        return new
+
     def grade_many(self, tasks: Sequence[GradingTask]) -> GradingReport:
-        """Grade the tasks; the verdicts come in their order. Safe to call from any thread, one call at a time.
+        """Grade the tasks; the verdicts come in their order. Safe to call from any thread, one call at a time. A pool that dies is rebuilt, and
+        all tasks are graded again.
 
         Raises GradingError when the function returns something other than a finite number (and a feedback string), when it raises on
-        every task, and when a task's tests are broken: a broken grader must not look like a policy that solves nothing.
+        every task, when a task's tests are broken (a broken grader must not look like a policy that solves nothing), and as `rebuild` does.
         """
-        grading = self.open()
-        for task in tasks:
-            grading.add(task)
-        return grading.report()
+        while True:
+            grading = self.open()
+            for task in tasks:
+                grading.add(task)
+            try:
+                return grading.report()
+            except GradingPoolDied as error:
+                death = error
+            self.rebuild(death)
 
     def open(self) -> OpenGrading:
-        """Grade tasks as they come; the caller ends it with `report` or `abandon`, and until then nobody else grades with this pool."""
+        """Grade tasks as they come; the caller ends it with `report` or `abandon`, and until then nobody else grades with this pool. One that is
+        dropped is abandoned."""
         self._lock.acquire()
         if not self._finalizer.alive:
             self._lock.release()
             raise GradingError("the grading pool is closed")
         return OpenGrading(self)
 
-    def _work(self, call: _Call, *, until_done: bool) -> None:
+    def _work(self, call: Call, *, until_done: bool) -> None:
         """Hand out and receive: all that is possible now, or until every task has a verdict."""
         self._hand_out(call)
         if not until_done and any(not worker.ready or worker.index is not None for worker in self._workers):
@@ -152,7 +147,7 @@ class GradingPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _hand_out(self, call: _Call) -> None:
+    def _hand_out(self, call: Call) -> None:
         for slot, worker in enumerate(self._workers):
             if not call.waiting:
                 return
@@ -168,7 +163,7 @@ class GradingPool:
             worker.index = call.waiting.popleft()
             worker.deadline = time.monotonic() + worker.seconds
 
-    def _await_messages(self, call: _Call, patience: float | None = None) -> None:
+    def _await_messages(self, call: Call, patience: float | None = None) -> None:
         """Wait (for `patience` seconds at most) for one message, one death or one deadline, and deal with all that happened by then."""
         busy = [w for w in self._workers if not w.ready or w.index is not None]
         if patience is None:
@@ -185,7 +180,7 @@ class GradingPool:
                 call.fail(worker.index, timeout=True)
                 self._replace(slot, None)
 
-    def _receive(self, slot: int, worker: _Worker, call: _Call) -> None:
+    def _receive(self, slot: int, worker: Worker, call: Call) -> None:
         try:
             kind, value, seconds = worker.connection.recv()
         except (EOFError, OSError):  # at the end of a message, or in the middle of one
@@ -217,22 +212,25 @@ class GradingPool:
             self._lost += 1
             logger.warning("a grading worker died %s (exit code %d)", lost, code)
             if self._lost >= START_ATTEMPTS:
-                raise GradingError(
+                raise GradingPoolDied(
                     f"{self._lost} grading workers in a row died without an answer, the last {lost} with exit code {code} "
                     "(-9: killed, perhaps out of memory); their own messages are on stderr"
                 )
-        self._workers[slot] = _Worker(self._settings)
+        self._workers[slot] = Worker(self._settings)
         return code
 
 
 class OpenGrading:
-    """Tasks that are graded while others are still being made: `add` them, `poll` now and then, `report` at the end.
+    """Tasks that are graded while others are still being made: `add` them, `poll` now and then, `report` at the end. Every method raises
+    GradingPoolDied where the workers die again and again: this grading has ended then, and the pool is closed until it is rebuilt.
 
     Whoever may fail before the report calls `abandon` then, or uses this as a context manager, so that the pool is free for the next.
     """
 
     def __init__(self, pool: GradingPool) -> None:
-        self._pool, self._call, self._ended = pool, _Call(), False
+        self._pool, self._call, self._ended = pool, Call(), False
+        self._dropped = weakref.finalize(self, _end_dropped, pool)
+        self._dropped.atexit = False
 
     def add(self, task: GradingTask) -> None:
         self._call.add(task)
@@ -278,54 +276,22 @@ class OpenGrading:
 
     def _end(self) -> None:
         self._ended = True
+        self._dropped.detach()
         self._pool._lock.release()
 
 
-class _Call:
-    """The state of one grading."""
-
-    def __init__(self) -> None:
-        self.tasks: list[GradingTask] = []
-        self.waiting: deque[int] = deque()
-        self.open = 0
-        """Tasks without a verdict yet."""
-        self.verdicts: list[Verdict | None] = []
-        self.timeouts = 0
-        self.crashes = 0
-        self.traces: list[str] = []
-
-    def add(self, task: GradingTask) -> None:
-        self.waiting.append(len(self.tasks))
-        self.tasks.append(task)
-        self.verdicts.append(None)
-        self.open += 1
-
-    def settle(self, index: int, verdict: Verdict) -> None:
-        assert self.verdicts[index] is None, f"answer {index} was graded twice"
-        self.verdicts[index] = verdict
-        self.open -= 1
-
-    def fail(self, index: int, *, timeout: bool = False, trace: str | None = None) -> None:
-        self.settle(index, Verdict(reward=0.0, outcome=TIMEOUT if timeout else CRASH))
-        if timeout:
-            self.timeouts += 1
-        else:
-            self.crashes += 1
-        if trace is not None:
-            self.traces.append(trace)
-
-    def report(self, function: str) -> GradingReport:
-        if self.traces and len(self.traces) == len(self.tasks):
-            raise GradingError(
-                f"grading function {function!r} raised on every one of {len(self.tasks)} answers; the first:\n{self.traces[0]}"
-            )
-        if self.traces:
-            logger.warning("grading function %r raised on %d of %d answers, which score 0; the first:\n%s",
-                           function, len(self.traces), len(self.tasks), self.traces[0])  # fmt: skip
-        return GradingReport(verdicts=tuple(self.verdicts), timeouts=self.timeouts, crashes=self.crashes)
+def _end_dropped(pool: GradingPool) -> None:
+    """A grading that nobody can end any more."""
+    logger.warning("a grading was dropped without report or abandon; what had no verdict yet is given up")
+    try:
+        pool._stop_tasks()
+    except GradingError:
+        pool.close()  # the next one says so
+    finally:
+        pool._lock.release()
 
 
-def _kill_all(workers: list[_Worker], owner: int) -> None:
+def _kill_all(workers: list[Worker], owner: int) -> None:
     if os.getpid() != owner:
         return  # a fork of the owner: the workers are not its own
     for worker in workers:

@@ -14,6 +14,10 @@ class GradingError(RuntimeError):
     """Grading cannot go on: the function cannot be loaded, breaks its contract, or fails on everything; tests are broken."""
 
 
+class GradingPoolDied(GradingError):
+    """The workers die, whatever they are given; nothing is wrong with the function or the answers. `GradingPool.rebuild` may help."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradingTask:
     """One answer to grade. `tests` of a programming task decide instead of `answer`."""
