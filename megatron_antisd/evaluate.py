@@ -40,7 +40,8 @@ def evaluate(run: Run, metrics: MetricsWriter, step: int) -> None:
     """Evaluate a training run's present policy, the one after `step` updates. Collective."""
     updates = run.progress.policy_version
     policy = f"{run.config.run.name}, {updates} updates" if updates else weights_name(Path(run.config.model.path))
-    run.evaluator.evaluate(metrics, step, policy)
+    with run.supervisor.stage("evaluate", step):
+        run.evaluator.evaluate(metrics, step, policy)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,40 +1,50 @@
 """Everything a run is made of, built and checked in the one order that works.
 
-Order: configuration rules, process group, (vLLM engine), Megatron's CPU support, groups and trainer, (in-process engine), checkpoint,
-first weight sync with its proof. vLLM looks at torch.cuda while it starts and joins the default process group, hence before Megatron.
+Order: configuration rules, process group, lock and watchdog, (vLLM engine), Megatron's CPU support, groups and trainer, (in-process engine); then,
+in `resume.py`, checkpoint and first weight sync with its proof. vLLM looks at torch.cuda while it starts and joins the default process group, hence
+before Megatron.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from megatron_antisd.algorithm import EntropyGate
 from megatron_antisd.audit.context import ContextInspector
 from megatron_antisd.audit.solutions import SolutionCheck
 from megatron_antisd.audit.watch import ContextWatch
 from megatron_antisd.compat.quiet import quiet_libraries
-from megatron_antisd.config import ConfigError, RunConfig, dump_config
+from megatron_antisd.config import ConfigError, RunConfig
 from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError
 from megatron_antisd.evaluation.evaluator import Evaluator, build_evaluator
 from megatron_antisd.grading import GradingError, GradingPool
+from megatron_antisd.health import HealthMonitor, Incident
 from megatron_antisd.inputs import Inputs, read_inputs
-from megatron_antisd.metrics.files import CONFIG
-from megatron_antisd.policy import build_engine_and_trainer, build_probe
-from megatron_antisd.rollout.engine import Engine, EngineError, Sampling
+from megatron_antisd.metrics import MetricsWriter
+from megatron_antisd.metrics.files import CHECKPOINTS
+from megatron_antisd.metrics.journal import Journal
+from megatron_antisd.metrics.lock import RunLock
+from megatron_antisd.policy import build_policy
+from megatron_antisd.rollout.engine import EngineError, Sampling
 from megatron_antisd.rollout.probe import ProbeResult, SyncProbe, synchronise
+from megatron_antisd.rollout.restarting import RestartingEngine
+from megatron_antisd.supervision import collectives, preemption
+from megatron_antisd.supervision.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from megatron_antisd.checkpoint import CheckpointWriter
     from megatron_antisd.parallel.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -49,7 +59,7 @@ class Run:
 
     config: RunConfig
     trainer: Trainer
-    engine: Engine
+    engine: RestartingEngine
     probe: SyncProbe
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
@@ -59,12 +69,21 @@ class Run:
     evaluator: Evaluator
     sampling: Sampling
     progress: Progress
-    resumed: bool
+    health: HealthMonitor
+    writer: CheckpointWriter
+    supervisor: Supervisor
+    journal: Journal
+    lock: RunLock | None
+    """On the main rank alone."""
     is_main: bool
-    first_step: int
-    """The first step that this process trains."""
     watch: ContextWatch | None
     """On the main rank alone."""
+    first_step: int = 1
+    """The first step that this process trains."""
+    resumed: bool = False
+    boundary: Boundary = field(default_factory=lambda: Boundary())
+    incidents: list[Incident] = field(default_factory=list)
+    """What was found in the present step, until it is acted upon."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Response text without special tokens."""
@@ -84,14 +103,60 @@ class Run:
 
         save_huggingface(self.trainer.export(), self.config.model.path, directory, write=self.is_main)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All training state outside model, optimizer and random generators; plain JSON."""
+    def state_dict(self, metrics: MetricsWriter | None = None) -> dict[str, Any]:
+        """All training state outside model, optimizer and random generators; plain JSON. What is known of files is the main rank's."""
         return {"progress": vars(self.progress), "gate": self.gate.state_dict(), "sampler": self.sampler.state_dict(),
-                "method": self.config.algorithm.method}
+                "health": self.health.state_dict(), "method": self.config.algorithm.method,
+                "metrics_bytes": metrics and metrics.position, "wandb_id": metrics and metrics.wandb_id}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, rolled_back: bool = False) -> None:
+        """Continue where `state_dict` was taken, but for the data position, which the caller restores or, for a rollback, leaves."""
+        self.gate.load_state_dict(state["gate"])
+        if "health" in state:  # older checkpoints have none
+            self.health.roll_back(state["health"]) if rolled_back else self.health.load_state_dict(state["health"])
+        vars(self.progress).update(state["progress"])
+
+    def mark(self, metrics: MetricsWriter | None = None) -> None:
+        """Remember the state between two steps: a step that is dropped half-way leaves it to be saved."""
+        from megatron_antisd.checkpoint.generators import generator_states
+
+        self.boundary.step = self.progress.step
+        self.boundary.state = copy.deepcopy(self.state_dict(metrics))
+        self.boundary.generators = generator_states(self.trainer.layout)
 
     def close(self) -> None:
+        """Wait for the checkpoint that is being written, then free everything. May be called twice."""
+        self.writer.wait()
+        self._free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.writer.__exit__(kind, error, trace)
+            self.supervisor.__exit__(kind, error, trace)
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        self.supervisor.close()
+        preemption.uninstall()
         self.grader.close()
         self.engine.close()
+        if self.lock is not None:
+            self.lock.release()
+
+
+@dataclass(kw_only=True)
+class Boundary:
+    """The state between the last two steps."""
+
+    step: int = 0
+    saved: int = 0
+    """The step of the newest checkpoint of this run."""
+    state: dict[str, Any] = field(default_factory=dict)
+    generators: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -107,94 +172,61 @@ class Progress:
 
 
 def build_run(config: RunConfig) -> Run:
-    """Build all parts on this rank; collective. Raises ConfigError before anything heavy starts when the configuration cannot run."""
+    """Build all parts on this rank, for `resume.restore` to fill; collective. Raises ConfigError before anything heavy starts when the configuration
+    cannot run, or another run has the directory."""
     from megatron_antisd.parallel.layout import start_process_group
 
     inputs = read_inputs(config, training=True)
     sampler = ProblemSampler(inputs.problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
     start_process_group(config.parallel.timeout_seconds)
-    engine, trainer = build_engine_and_trainer(config, inputs.max_context)
     main = dist.get_rank() == 0
-    run = Run(
-        config=config, trainer=trainer, engine=engine, tokenizer=inputs.tokenizer, prompts=inputs.prompts, grader=inputs.grader,
-        sampler=sampler,
-        gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max),
-        evaluator=build_evaluator(config, inputs, engine, config.directory, is_main=main),
-        sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
-                          ignore_eos=config.rollout.ignore_eos, stop_token_ids=inputs.stop_token_ids),
-        probe=build_probe(config, inputs, inputs.problems[0], trainer), progress=Progress(), resumed=False, is_main=main, first_step=1,
-        watch=_build_watch(config, inputs) if main else None)
-    run = _restore(run)
-    run.sync()
-    return run
+    lock = _lock(config, main)
+    supervisor = start_supervisor(config)
+    with supervisor.stage("setup"):
+        engine, trainer, probe = build_policy(config, inputs, inputs.problems[0])
+        from megatron_antisd.checkpoint import CheckpointWriter
+
+        return Run(
+            config=config, trainer=trainer, engine=engine, tokenizer=inputs.tokenizer, prompts=inputs.prompts, grader=inputs.grader,
+            sampler=sampler,
+            gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max),
+            evaluator=build_evaluator(config, inputs, engine, config.directory, is_main=main),
+            sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
+                              ignore_eos=config.rollout.ignore_eos, stop_token_ids=inputs.stop_token_ids),
+            probe=probe, progress=Progress(), health=HealthMonitor(config.health),
+            writer=CheckpointWriter(config.directory / CHECKPOINTS, trainer), supervisor=supervisor,
+            journal=Journal(config.directory, is_writer=main), lock=lock, is_main=main, watch=_build_watch(config, inputs) if main else None)
+
+
+def start_supervisor(config: RunConfig) -> Supervisor:
+    """The watchdog of this rank, and the signals that ask it to stop. After the process group has started."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    collectives.install()
+    preemption.install()
+    return Supervisor(config.supervision, directory=config.directory, store=_get_default_store(), rank=dist.get_rank(),
+                      world_size=dist.get_world_size())
+
+
+def _lock(config: RunConfig, main: bool) -> RunLock | None:
+    """The run directory, for this run alone; where it is taken, ConfigError on every rank."""
+    lock, refused = None, [None]
+    if main:
+        try:
+            lock = RunLock(config.directory)
+        except (ConfigError, OSError) as error:
+            refused = [str(error) if isinstance(error, ConfigError) else f"run.directory={config.directory} cannot be written: {error}"]
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0] is not None:
+        raise ConfigError(refused[0])
+    return lock
 
 
 def _build_watch(config: RunConfig, inputs: Inputs) -> ContextWatch:
     return ContextWatch(ContextInspector(inputs.prompts, inputs.tokenizer), SolutionCheck(inputs.grader, inputs.prompts), config.model.dtype)
 
 
-def _restore(run: Run) -> Run:
-    """Continue this run's newest checkpoint, or start from another run's (`checkpoint.continual_from`). Raises ConfigError where it belongs to
-    another model, data set or configuration."""
-    from megatron_antisd.checkpoint import CheckpointError
-
-    try:
-        return _load_state(run)
-    except (CheckpointError, ValueError) as error:
-        key = "resume" if run.config.checkpoint.continual_from is None else "continual_from"
-        raise error if isinstance(error, ConfigError) else ConfigError(f"checkpoint.{key}: {error}") from error
-
-
-def _load_state(run: Run) -> Run:
-    from megatron_antisd.checkpoint import latest_checkpoint, load_checkpoint
-
-    settings = run.config.checkpoint
-    newest = latest_checkpoint(run.config.directory / "checkpoints") if settings.resume else None
-    if newest is not None:
-        state = load_checkpoint(newest, run.trainer)
-        if state["method"] != run.config.algorithm.method:
-            raise ConfigError(f"checkpoint.resume: {newest} was written with algorithm.method={state['method']}, this run has "
-                              f"{run.config.algorithm.method}; use another run.name, with checkpoint.continual_from={run.config.directory} "
-                              "to start from its policy")
-        run.gate.load_state_dict(state["gate"])
-        run.sampler.load_state_dict(state["sampler"])
-        _say(run, f"resumed from {newest}")
-        progress = Progress(**state["progress"])
-        return dataclasses.replace(run, progress=progress, first_step=progress.step + 1, resumed=True)
-    if settings.continual_from is not None:
-        given = Path(settings.continual_from)
-        source = given if (given / "state.json").is_file() else latest_checkpoint(given / "checkpoints")
-        if source is None:
-            raise ConfigError(f"checkpoint.continual_from: no checkpoint in {given}; expected a run directory with checkpoints/ or one of them")
-        state = load_checkpoint(source, run.trainer, restore_rng=False)
-        run.sampler.load_state_dict(state["sampler"])
-        _say(run, f"continuing from {source}: weights, optimizer and data position kept, the gate is calibrated anew")
-        return dataclasses.replace(run, progress=Progress(policy_version=state["progress"]["policy_version"]))
-    return run
-
-
-def write_config(run: Run) -> None:
-    """Keep the full resolved configuration beside the run's results; say what a resume changes. For a run that trains."""
-    if not run.is_main:
-        return
-    path = run.config.directory / CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if run.resumed and path.is_file():
-        before, now = yaml.safe_load(path.read_text()), run.config.model_dump(mode="json")
-        changed = [f"{s}.{k}: {before.get(s, {}).get(k)!r} -> {v!r}" for s in now for k, v in now[s].items() if before.get(s, {}).get(k) != v]
-        if changed:
-            _say(run, "the configuration changed since the checkpoint: " + "; ".join(changed))
-    path.write_text(dump_config(run.config))
-
-
-def _say(run: Run, text: str) -> None:
-    if run.is_main:
-        _log.info(text)
-
-
 def _environment(name: str, default: str) -> str:
-    import os
-
     return os.environ.get(name, default)
 
 

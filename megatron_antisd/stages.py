@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +11,23 @@ import torch
 from megatron_antisd import batch as batching
 from megatron_antisd.algorithm import GateDecision
 from megatron_antisd.grading.groups import EarlyGrading, GradedGroups
-from megatron_antisd.records import PrivilegedView, RolloutGroup, ScoredGroup, StepStats, TokenScores, TrainingBatch
+from megatron_antisd.health import refuses, strongest
+from megatron_antisd.keeping import pause
+from megatron_antisd.records import (
+    NonFiniteScores,
+    PrivilegedView,
+    RolloutGroup,
+    ScoredGroup,
+    StepStats,
+    TokenScores,
+    TrainingBatch,
+    UpdateFigures,
+)
 from megatron_antisd.rollout.groups import generate_groups
 from megatron_antisd.rollout.probe import ProbeResult
 from megatron_antisd.rollout.replay import load_rollouts, save_rollouts
 from megatron_antisd.run import Run
 from megatron_antisd.token_u import token_u_rows
-
-_log = logging.getLogger(__name__)
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and where the last checkpoint is."""
 
 
 def generate(run: Run, step: int) -> tuple[list[RolloutGroup], EarlyGrading | None]:
@@ -42,6 +46,7 @@ def generate(run: Run, step: int) -> tuple[list[RolloutGroup], EarlyGrading | No
 
 def grade(run: Run, groups: Sequence[RolloutGroup], grading: EarlyGrading | None, step: int) -> GradedGroups:
     """Rewards and feedback, as far as they are not there yet; replayed rollouts keep theirs."""
+    pause(run)
     if grading is None:
         return GradedGroups(groups=tuple(groups), timeouts=0, crashes=0)
     graded = grading.complete(groups, run.config.privileged)
@@ -52,28 +57,47 @@ def grade(run: Run, groups: Sequence[RolloutGroup], grading: EarlyGrading | None
 
 def score_teacher(run: Run, groups: Sequence[RolloutGroup], step: int) -> batching.TeacherScores:
     """The same weights on the privileged prompt: log-probs and exact entropies, no gradient."""
+    pause(run)
+    judge_batch(run, groups, step)
     lengths = [len(r.response_ids) for group in groups for r in group.rollouts]
     if not run.config.needs_teacher:
         return batching.no_teacher(lengths)
     views: list[PrivilegedView] = [v for group in groups for v in run.prompts.privileged_views(group, seed=run.config.run.seed, step=step)]
     scored = [v.view for v in views if v.view is not None]
-    teacher = batching.lay_out_teacher(lengths, views, run.trainer.score(scored) if scored else None)
+    try:
+        teacher = batching.lay_out_teacher(lengths, views, run.trainer.score(scored) if scored else None)
+    except NonFiniteScores as error:
+        run.incidents.append(run.health.of_scores(step, error))
+        return batching.no_teacher(lengths)
     if step != run.first_step:
         return teacher
     return dataclasses.replace(teacher, empty_context=run.trainer.score(batching.student_views(groups[:1])).log_prob)
 
 
-def score_student(run: Run, groups: Sequence[RolloutGroup]) -> TokenScores | None:
+def judge_batch(run: Run, groups: Sequence[RolloutGroup], step: int) -> None:
+    """What a graded batch alone can show: a reward that collapsed, responses that no longer end."""
+    seen = batching.rollout_figures(groups)
+    run.incidents.extend(run.health.before_update(step, reward_mean=seen["reward_mean"], truncation_rate=seen["truncation_rate"]))
+
+
+def score_student(run: Run, groups: Sequence[RolloutGroup], step: int) -> TokenScores | None:
     """On-policy, the training forward itself gives the student's log-probs; a pass of its own is paid only for several updates
     a batch, and where the gate needs the student's entropy."""
     settings = run.config.algorithm
     needed = settings.updates_per_batch > 1 or (_gated(run) and (run.config.gate.mode == "student" or settings.method == "no_teacher"))
-    return run.trainer.score(batching.student_views(groups)) if needed else None
+    if not needed:
+        return None
+    try:
+        return run.trainer.score(batching.student_views(groups))
+    except NonFiniteScores as error:
+        run.incidents.append(run.health.of_scores(step, error, whose="student"))
+        return None
 
 
 def decide_gate(run: Run, teacher: batching.TeacherScores, student: TokenScores | None) -> GateDecision | None:
-    """The gate on the batch's exact median entropy: the teacher's, or the student's where that is the mode or there is no teacher."""
-    if not _gated(run):
+    """The gate on the batch's exact median entropy: the teacher's, or the student's where that is the mode or there is no teacher. None where scores
+    were not finite: no update will be made of them."""
+    if not _gated(run) or any(incident.kind == "non_finite" for incident in run.incidents):
         return None
     by_student = student is not None and (run.config.gate.mode == "student" or not run.config.needs_teacher)
     return run.gate.update(student.entropy_median if by_student else teacher.entropy_median)
@@ -83,9 +107,21 @@ def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherSc
            lambda_: float, step: int) -> tuple[list[TrainingBatch], list[StepStats]]:
     """The policy updates of this batch (one, on-policy)."""
     settings = run.config.algorithm
+    pause(run)
+    refused = refuses(run.incidents)
+
+    def accept(figures: UpdateFigures) -> bool:
+        found = run.health.of_update(step, figures)
+        run.incidents.extend(found)
+        return not (refused or refuses(found))
+
     old = student if settings.updates_per_batch > 1 else None
     batches = batching.make_batches(groups, teacher, old, lambda_, settings)
-    stats = [run.trainer.step(part, learning_rate(run, step)) for part in batches]
+    stats: list[StepStats] = []
+    for part in batches:
+        if stats and strongest(run.incidents) in ("stop", "rollback"):
+            break  # what is left of this batch would be undone, or never used
+        stats.append(run.trainer.step(part, learning_rate(run, step), accept=accept))
     run.progress.step = step
     run.progress.policy_version += sum(not s.skipped for s in stats)
     for one in stats:
@@ -106,13 +142,14 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
     return {
         **batching.rollout_figures(graded.groups),
         **batching.u_figures(teacher, student),
-        **batching.update_figures(stats, [b.tokens for b in batches]),
+        **batching.update_figures(stats, [b.tokens for b in batches[: len(stats)]]),
         "teacher_entropy_median": teacher.entropy_median,
         "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
         "gate_entropy": gate and gate.entropy, "gate_marginal": gate and gate.marginal,
         "lambda": lambda_, "shadow_lambda": gate.lambda_ if gate is not None and run.config.algorithm.shadow else None,
         "teacher_masked_rollouts": teacher.missing, "seconds_hidden_grade": graded.hidden_seconds,
         "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
+        "engine_restarts": run.engine.take_restarts(), "grader_rebuilds": graded.rebuilds,
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,
         "probe_mean": probe and probe.mean, "probe_max": probe and probe.max,
         "audit_alarms": audit(run, graded.groups, teacher, student, run.progress.step),
@@ -158,25 +195,6 @@ def learning_rate(run: Run, step: int) -> float:
     """Linear warm-up, then constant."""
     settings = run.config.optimizer
     return settings.lr * min(1.0, step / settings.warmup_steps) if settings.warmup_steps else settings.lr
-
-
-def stop_if_broken(run: Run, stats: Sequence[StepStats]) -> None:
-    """Warn of skipped updates. Raises TrainingStopped after `optimizer.max_skipped_in_a_row` of them."""
-    progress, limit = run.progress, run.config.optimizer.max_skipped_in_a_row
-    if any(s.skipped for s in stats):
-        _log.warning("step %d: loss or gradient was not finite, the update was skipped (%d in a row)", progress.step, progress.skipped_in_a_row)
-    if progress.skipped_in_a_row >= limit:
-        raise TrainingStopped(f"{limit} updates in a row had a non-finite loss or gradient (optimizer.max_skipped_in_a_row); the weights are "
-                              f"those of update {progress.policy_version}, checkpoints are in {run.config.directory / 'checkpoints'}")
-
-
-def save(run: Run) -> None:
-    """A checkpoint, every `checkpoint.every` steps and at the last."""
-    from megatron_antisd.checkpoint import save_checkpoint
-
-    settings, step = run.config.checkpoint, run.progress.step
-    if settings.every and (step % settings.every == 0 or step == run.config.run.steps):
-        save_checkpoint(run.config.directory / "checkpoints", step, run.trainer, run.state_dict(), settings.keep)
 
 
 def _gated(run: Run) -> bool:

@@ -18,11 +18,11 @@ from megatron_antisd.convert.rows import EntryRows
 from megatron_antisd.convert.stored_tensors import StoredTensors, dtype_name, metadata, store, without_crc
 from megatron_antisd.convert.verify import Advance, Compared, check_checksums, compare
 from megatron_antisd.convert.workspace import Part, fingerprint, plan_parts
-from megatron_antisd.durable import file_sha256, write_json
+from megatron_antisd.durable import file_sha256
 from megatron_antisd.models.description import describe
 from megatron_antisd.models.huggingface import HuggingfaceCheckpoint, copy_model_files, model_files
 from megatron_antisd.models.weight_map import Entry, Layout
-from megatron_antisd.parallel.checkpoint_files import FORMAT, WEIGHTS_ONLY, is_checkpoint
+from megatron_antisd.parallel.checkpoint_files import MANIFEST, WEIGHTS_ONLY, is_checkpoint, write_manifest
 from megatron_antisd.parallel.global_tensors import place_shard
 
 FOLDER = "tensors"
@@ -64,13 +64,13 @@ class ToMegatron:
         beside = {str(file.relative_to(directory)): file for file in written}
         dtypes = {stored["dtype"] for record in records for stored in record["tensors"].values()}
         manifest = {
-            "format": FORMAT, "kind": WEIGHTS_ONLY, "dtype": dtypes.pop() if len(dtypes) == 1 else None,
+            "kind": WEIGHTS_ONLY, "dtype": dtypes.pop() if len(dtypes) == 1 else None,
             "layout": self._parallel.model_dump(mode="json", exclude={"timeout_seconds", "distributed_optimizer"}),
-            "files": {name: file.stat().st_size for name, file in beside.items()} | {record["file"]: record["size"] for record in records},
-            "sha256": {name: file_sha256(file) for name, file in beside.items()} | {record["file"]: record["sha256"] for record in records},
         }
-        write_json(directory / "manifest.json", manifest)
-        return [*written, directory / "manifest.json"]
+        sizes = {name: file.stat().st_size for name, file in beside.items()} | {record["file"]: record["size"] for record in records}
+        digests = {name: file_sha256(file) for name, file in beside.items()} | {record["file"]: record["sha256"] for record in records}
+        write_manifest(directory, manifest, sizes, digests)
+        return [*written, directory / MANIFEST]
 
     def verify(self, directory: Path, part: Part, record: dict[str, Any], advance: Advance) -> Compared:
         """The file's checksum, and every tensor in it against the source."""

@@ -21,7 +21,8 @@ ROLLOUTS, EVALUATIONS = "rollouts", "evaluations"
 STEP_0 = "step_000000"
 CHECKPOINTS = "checkpoints"  # written elsewhere; an earlier run's must not be taken for a new run's
 PROFILE = "profile"
-RUN_FILES = (METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID, ROLLOUTS, EVALUATIONS, CHECKPOINTS, PROFILE)
+INCIDENTS, JOURNAL = "incidents", "journal.jsonl"
+RUN_FILES = (METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID, ROLLOUTS, EVALUATIONS, CHECKPOINTS, PROFILE, INCIDENTS, JOURNAL)
 
 _log = logging.getLogger(__name__)
 
@@ -32,15 +33,34 @@ class MetricsError(ValueError):
 
 class JsonLines:
     """Appends rows to a file, which is made at the first row. What `append` returned from, survives a crash. The file is opened anew each
-    time: a command may have replaced it meanwhile."""
+    time: a command may have replaced it meanwhile.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    `patient`: rows that cannot be written (a full disk) are kept, and written before the next ones; otherwise `append` raises OSError.
+    """
+
+    def __init__(self, path: Path, *, patient: bool = False) -> None:
+        self._path, self._patient = path, patient
+        self._kept = b""
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows:
+        data = self._kept + b"".join(map(json_line, rows))
+        if not data:
             return
-        append_whole(self._path, b"".join(map(json_line, rows)))
+        try:
+            append_whole(self._path, data)
+        except OSError as error:
+            if not self._patient:
+                raise
+            _log.error("%s could not be written (%s): %d lines are kept in memory until it can", self._path, error, data.count(b"\n"))
+            self._kept = data
+            return
+        if self._kept:
+            _log.info("%s: the lines that were kept in memory are written", self._path)
+        self._kept = b""
+
+    def forget_kept(self) -> None:
+        """What is not on disk yet is of steps that will run again."""
+        self._kept = b""
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +41,7 @@ STEP_KEYS = (
 """The keys of every training row. `step` is the writer's; all others must be given, None where the value does not exist
 (the teacher's in a run without one, the loss of a skipped update). More keys may follow."""
 
+_log = logging.getLogger(__name__)
 SAMPLE_KEYS = ("problem_id", "prompt", "response", "reward", "truncated")
 TOKEN_U_KEYS = ("kind", "mean_u", "count")
 
@@ -48,36 +51,57 @@ class MetricsWriter:
 
     `resume_step` is the first step that will run again: rows from it on are removed from the files. None starts a new run: files of an earlier
     one in the same directory are moved aside, not deleted. `evaluation_alone`: nothing but evaluations is written, and one of a step
-    replaces that step's earlier one.
+    replaces that step's earlier one. `patient`: a full disk does not raise OSError; rows wait in memory until they can be written, and files that
+    are written whole (`rollouts/`, TensorBoard's) are left out with an error in the log.
     """
 
     def __init__(
         self, directory: Path, *, config: LoggingConfig, total_steps: int, resume_step: int | None, run_name: str, is_writer: bool,
-        evaluation_alone: bool = False,
+        evaluation_alone: bool = False, patient: bool = False,
     ) -> None:
         self._is_writer = is_writer
+        self.evaluations: dict[int, dict[str, Value]] = {}
+        """Step -> the row of its evaluation; empty on ranks that do not write."""
         if not is_writer:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self._evaluation_alone = evaluation_alone
+        self._evaluation_alone, self._patient, self._directory = evaluation_alone, patient, directory
+        self._lines = {name: JsonLines(directory / name, patient=patient) for name in (METRICS, SAMPLES, TOKEN_U)}
+        self._last_step, self._last_evaluation = 0, -1
         if resume_step is not None:
-            for name in (METRICS, SAMPLES, TOKEN_U):
-                remove_from_step(directory / name, resume_step)
-            for name in (ROLLOUTS, EVALUATIONS):
-                remove_steps(directory / name, resume_step)
+            self._cut_back(resume_step)
         elif not evaluation_alone:
             move_aside(directory)
-        self._directory = directory
-        self._metrics = JsonLines(directory / METRICS)
-        self._samples = JsonLines(directory / SAMPLES)
-        self._token_u = JsonLines(directory / TOKEN_U)
-        kept = read_rows(directory / METRICS) if resume_step is not None and (directory / METRICS).is_file() else []
-        self._last_step = max((row["step"] for row in kept if not _is_evaluation(row)), default=0)
-        self._last_evaluation = max((row["step"] for row in kept if _is_evaluation(row)), default=-1)
         self._total_steps = total_steps
         self._tensorboard = _open_tensorboard(directory / TENSORBOARD, resume_step) if config.tensorboard else None
         self._wandb = _open_wandb(directory, config.wandb_project, run_name) if config.wandb_project else None
         self._console = ConsoleLog(run_name, total_steps, self._last_step, show_bar=config.progress)
+
+    @property
+    def position(self) -> int | None:
+        """Bytes of metrics.jsonl; None on ranks that do not write."""
+        path = self._directory / METRICS if self._is_writer else None
+        return path.stat().st_size if path is not None and path.is_file() else None
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.id if self._is_writer and self._wandb is not None else None
+
+    def rewind(self, step: int) -> None:
+        """Forget `step` and what follows: the run went back before it."""
+        if self._is_writer:
+            self._cut_back(step)
+
+    def _cut_back(self, step: int) -> None:
+        for name in (METRICS, SAMPLES, TOKEN_U):
+            self._lines[name].forget_kept()
+            remove_from_step(self._directory / name, step)
+        for name in (ROLLOUTS, EVALUATIONS):
+            remove_steps(self._directory / name, step)
+        kept = read_rows(self._directory / METRICS) if (self._directory / METRICS).is_file() else []
+        self.evaluations = {row["step"]: row for row in kept if _is_evaluation(row)}
+        self._last_step = max((row["step"] for row in kept if not _is_evaluation(row)), default=0)
+        self._last_evaluation = max(self.evaluations, default=-1)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Write the row of training step `step` (1..total_steps, rising). `values` holds at least STEP_KEYS without `step`.
@@ -115,6 +139,7 @@ class MetricsWriter:
         else:
             self._check_order(step, self._last_evaluation, "evaluation")
         self._write(step, dict(values))
+        self.evaluations[step] = dict(values)
         self._last_evaluation = step
         self._console.evaluation(step, values)
 
@@ -126,21 +151,24 @@ class MetricsWriter:
         """Append decoded rollouts of an evaluation to samples.jsonl: SAMPLE_KEYS and whatever else is JSON."""
         if self._is_writer and samples:
             remove_step(self._directory / SAMPLES, step)  # of an evaluation that was interrupted behind them
-            self._samples.append([_checked_row(step, row, SAMPLE_KEYS, SAMPLES) for row in samples])
+            self._lines[SAMPLES].append([_checked_row(step, row, SAMPLE_KEYS, SAMPLES) for row in samples])
 
     def log_rollouts(self, step: int, method: str, groups: Sequence[ScoredGroup], token_text: Callable[[int], str]) -> None:
         """Write the scored rollouts of a step to `rollouts/`; nothing where there are none."""
         if self._is_writer and groups:
-            write_scored(self._directory / ROLLOUTS, step, method, groups, token_text)
+            with self._forgiving(f"{ROLLOUTS} of step {step}"):
+                write_scored(self._directory / ROLLOUTS, step, method, groups, token_text)
 
     def log_token_u(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append mean u by kind of token to token_u.jsonl: TOKEN_U_KEYS (`mean_u` in nats, `count` tokens)."""
         if self._is_writer:
-            self._token_u.append([_checked_row(step, row, TOKEN_U_KEYS, TOKEN_U) for row in rows])
+            self._lines[TOKEN_U].append([_checked_row(step, row, TOKEN_U_KEYS, TOKEN_U) for row in rows])
 
     def close(self) -> None:
         if not self._is_writer:
             return
+        for lines in self._lines.values():
+            lines.append([])  # what a full disk held up
         self._console.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -160,14 +188,25 @@ class MetricsWriter:
     def _write(self, step: int, values: Mapping[str, Value]) -> None:
         for key, value in values.items():
             _check_value(step, key, value)
-        self._metrics.append([{"step": step, **values}])
+        self._lines[METRICS].append([{"step": step, **values}])
         present = {key: value for key, value in values.items() if value is not None}
         if self._tensorboard is not None:
-            for key, value in present.items():
-                self._tensorboard.add_scalar(key, value, global_step=step)
-            self._tensorboard.flush()
+            with self._forgiving(f"TensorBoard's values of step {step}"):
+                for key, value in present.items():
+                    self._tensorboard.add_scalar(key, value, global_step=step)
+                self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(present, step=step)
+
+
+    @contextlib.contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._patient:
+                raise
+            _log.error("%s could not be written: %s", what, error)
 
 
 def _is_evaluation(row: Mapping[str, Any]) -> bool:

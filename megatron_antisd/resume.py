@@ -1,0 +1,132 @@
+"""Where a run goes on: from its newest whole checkpoint, from another run's policy, or from the beginning; and how it goes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_antisd.config import ConfigError, dump_config
+from megatron_antisd.config.changes import check_changes
+from megatron_antisd.metrics import MetricsWriter
+from megatron_antisd.metrics.files import CHECKPOINTS, CONFIG, METRICS, WANDB_ID
+from megatron_antisd.metrics.journal import read_journal
+from megatron_antisd.run import Run
+from megatron_antisd.supervision.preemption import clear_preempted
+
+_log = logging.getLogger(__name__)
+
+
+def restore(run: Run) -> Run:
+    """Continue this run's newest whole checkpoint, or start from another run's (`checkpoint.continual_from`); then hand the weights to the engine.
+    Collective. Raises ConfigError where the checkpoint belongs to another model, data set or configuration, or where none is whole."""
+    from megatron_antisd.checkpoint import CheckpointError
+
+    with run.supervisor.stage("setup"):
+        try:
+            run = _load_state(run)
+        except (CheckpointError, ValueError) as error:
+            key = "resume" if run.config.checkpoint.continual_from is None else "continual_from"
+            raise error if isinstance(error, ConfigError) else ConfigError(f"checkpoint.{key}: {error}") from error
+        run.sync()
+    run.mark()
+    return run
+
+
+def _load_state(run: Run) -> Run:
+    from megatron_antisd.checkpoint import load_checkpoint, newest_whole, verify
+    from megatron_antisd.parallel.stored_weights import on_main
+
+    settings, checksums = run.config.checkpoint, run.config.checkpoint.verify == "checksums"
+    own = run.config.directory / CHECKPOINTS
+    newest = newest_whole(own, run.trainer.layout, checksums=checksums) if settings.resume else None
+    if newest is not None:
+        changes = _check_config(run, newest)
+        state = load_checkpoint(newest, run.trainer)
+        if state["method"] != run.config.algorithm.method:  # of a checkpoint that has no configuration with it
+            raise ConfigError(f"{newest} was written with algorithm.method={state['method']}, this run has {run.config.algorithm.method}; use "
+                              f"another run.name, with checkpoint.continual_from={run.config.directory} to start from its policy")
+        run.load_state_dict(state)
+        run.sampler.load_state_dict(state["sampler"])
+        _restore_run_files(run, state)
+        made = on_main(run.trainer.layout, lambda: sum(row["kind"] == "rollback" for row in read_journal(run.config.directory)))
+        run.health.rollbacks = max(run.health.rollbacks, made)  # a checkpoint does not know of those after it
+        _say(run, f"resumed from {newest}" + (f"; changed since: {'; '.join(changes)}" if changes else ""))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        run.journal.write("resumed", run.progress.step, f"resumed from {newest.name}" + (f", restart {restarts} of the launcher" if restarts else ""))
+        run.boundary.saved = run.progress.step
+        return dataclasses.replace(run, first_step=run.progress.step + 1, resumed=True)
+    if settings.continual_from is not None:
+        given = Path(settings.continual_from)
+        if (given / "state.json").is_file():
+            source: Path | None = given
+            verify(given, run.trainer.layout, checksums=checksums)
+        else:
+            source = newest_whole(given / CHECKPOINTS, run.trainer.layout, checksums=checksums)
+        if source is None:
+            raise ConfigError(f"checkpoint.continual_from: no checkpoint in {given}; expected a run directory with checkpoints/ or one of them")
+        state = load_checkpoint(source, run.trainer, restore_rng=False)
+        run.sampler.load_state_dict(state["sampler"])
+        run.progress.policy_version = state["progress"]["policy_version"]
+        _say(run, f"continuing from {source}: weights, optimizer and data position kept, the gate is calibrated anew")
+    return run
+
+
+def roll_back(run: Run, metrics: MetricsWriter) -> None:
+    """Weights, optimizer, generators, gate and counters of the newest whole checkpoint; the data position stays, so that the run goes on with other
+    problems. Rows of later steps are removed. Collective. Raises ConfigError or CheckpointError where there is nothing to go back to."""
+    from megatron_antisd.checkpoint import load_checkpoint, newest_whole
+
+    failed_step = run.progress.step
+    newest = newest_whole(run.config.directory / CHECKPOINTS, run.trainer.layout, checksums=run.config.checkpoint.verify == "checksums")
+    if newest is None:
+        raise ConfigError("there is no checkpoint to roll back to: set checkpoint.every")
+    state = load_checkpoint(newest, run.trainer)
+    run.load_state_dict(state, rolled_back=True)
+    metrics.rewind(run.progress.step + 1)
+    run.sync()
+    run.mark()
+    run.boundary.saved = run.progress.step
+    run.journal.write("rollback", failed_step, f"rolled back to {newest.name}; the problems of steps {run.progress.step + 1} to {failed_step} are "
+                      "passed over")
+
+
+def write_config(run: Run) -> None:
+    """Keep the full resolved configuration beside the run's results."""
+    if run.is_main:
+        run.config.directory.mkdir(parents=True, exist_ok=True)
+        clear_preempted(run.config.directory)
+        (run.config.directory / CONFIG).write_text(dump_config(run.config))
+
+
+def _check_config(run: Run, newest: Path) -> list[str]:
+    from megatron_antisd.parallel.checkpoint_files import RUN_CONFIG
+    from megatron_antisd.parallel.stored_weights import on_main
+
+    def read() -> dict[str, Any]:
+        path = next((path for path in (newest / RUN_CONFIG, run.config.directory / CONFIG) if path.is_file()), None)
+        return {} if path is None else yaml.safe_load(path.read_text())
+
+    return check_changes(on_main(run.trainer.layout, read), run.config, newest.name)
+
+
+def _restore_run_files(run: Run, state: dict[str, Any]) -> None:
+    """W&B's id where its file is gone; a word where metrics.jsonl lost rows that the checkpoint knew of."""
+    if not run.is_main:
+        return
+    wandb_file, metrics_file = run.config.directory / WANDB_ID, run.config.directory / METRICS
+    if state.get("wandb_id") and not wandb_file.is_file():
+        wandb_file.write_text(state["wandb_id"] + "\n")
+    size, known = metrics_file.stat().st_size if metrics_file.is_file() else 0, state.get("metrics_bytes") or 0
+    if size < known:
+        run.journal.write("metrics_lost", run.progress.step, f"{metrics_file} has {size} bytes and had {known} when the checkpoint was written: rows "
+                          "of steps before it are lost; training goes on without them")
+
+
+def _say(run: Run, text: str) -> None:
+    if run.is_main:
+        _log.info(text)
