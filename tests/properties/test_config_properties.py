@@ -31,11 +31,10 @@ def test_leaves_are_the_known_keys() -> None:
     assert sorted(LEAVES) == sorted(known_keys())
 
 
-@pytest.mark.parametrize("key", sorted(LEAVES))
-@settings(max_examples=3)
-@given(data=st.data())
-def test_every_key_is_dumped_and_read_back(key: str, data: st.DataObject) -> None:
-    config = build_config(nested({"model.path": "model", key: data.draw(values_of(key))}))
+@settings(max_examples=20)
+@given(flat=st.fixed_dictionaries({key: values_of(key) for key in sorted(LEAVES)}))
+def test_every_key_is_dumped_and_read_back(flat: dict[str, Any]) -> None:
+    config = build_config(nested(flat))
     assert build_config(yaml.safe_load(dump_config(config))) == config
 
 
