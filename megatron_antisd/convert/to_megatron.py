@@ -22,7 +22,7 @@ from megatron_antisd.durable import file_sha256
 from megatron_antisd.models.description import describe
 from megatron_antisd.models.huggingface import HuggingfaceCheckpoint, copy_model_files, model_files
 from megatron_antisd.models.weight_map import Entry, Layout
-from megatron_antisd.parallel.checkpoint_files import MANIFEST, WEIGHTS_ONLY, is_checkpoint, write_manifest
+from megatron_antisd.parallel.checkpoint_files import FORMAT, MANIFEST, WEIGHTS_ONLY, is_checkpoint, write_manifest
 from megatron_antisd.parallel.global_tensors import place_shard
 
 FOLDER = "tensors"
