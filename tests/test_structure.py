@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "supervision": {"config"},
     "health": {"config", "records"},
     "planning": {"records", "config", "models"},
-    "launch": {"records", "config", "planning"},
+    "launch": {"records", "config", "planning", "supervision"},
     "audit": {"records", "config", "data", "grading", "metrics", "rollout.replay"},
     "evaluation": {"records", "config", "data", "grading", "metrics", "rollout", "inputs"},
     "evaluation.standalone": {"config", "inputs", "metrics", "policy", "rollout", "parallel"},

@@ -1,0 +1,1 @@
+"""Starts a run on this node."""
