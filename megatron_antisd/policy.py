@@ -13,15 +13,17 @@ from megatron_antisd.config import RunConfig
 from megatron_antisd.inputs import Inputs
 from megatron_antisd.records import Problem
 from megatron_antisd.rollout.engine import Engine
-from megatron_antisd.rollout.probe import DEFAULT_LIMIT, SyncProbe
+from megatron_antisd.rollout.probe import DEFAULT_LIMIT, SyncProbe, synchronise
+from megatron_antisd.rollout.restarting import RestartingEngine
 
 if TYPE_CHECKING:
     from megatron_antisd.parallel.trainer import Trainer
 
 
-def build_engine_and_trainer(config: RunConfig, max_context: int, *, training: bool = True) -> tuple[Engine, Trainer]:
-    """Collective, after the process group has started. Without `training` the trainer has no gradients and no optimizer."""
-    engine = build_vllm_engine(config, max_context) if config.rollout.engine == "vllm" else None
+def build_policy(config: RunConfig, inputs: Inputs, problem: Problem, *, training: bool = True) -> tuple[RestartingEngine, Trainer, SyncProbe]:
+    """Collective, after the process group has started. The probe's prompt is `problem`'s. Without `training` the trainer has no gradients and no
+    optimizer. An engine that is restarted gets the trainer's present weights, proved by the probe."""
+    first = _vllm_engine(config, inputs.max_context, dummy=False) if config.rollout.engine == "vllm" else None
     from megatron_antisd.compat import megatron_cpu
 
     megatron_cpu.install()
@@ -31,23 +33,43 @@ def build_engine_and_trainer(config: RunConfig, max_context: int, *, training: b
 
     layout = build_layout(config.parallel, config.run.seed)
     trainer = Trainer(config, layout, describe(config.model.path, layout.tensor_size), training=training)
-    if engine is None:
+    probe = _probe(config, inputs, problem, trainer)
+
+    def build() -> Engine:
+        if config.rollout.engine == "vllm":  # whose CPU build takes Megatron's CPU support once it has looked at torch.cuda
+            return _vllm_engine(config, inputs.max_context, dummy=True)
         from megatron_antisd.rollout.megatron_engine import MegatronEngine
 
-        engine = MegatronEngine(trainer, max_context=max_context, max_sequences=config.rollout.max_sequences)
-    return engine, trainer
+        return MegatronEngine(trainer, max_context=inputs.max_context, max_sequences=config.rollout.max_sequences,
+                              stall_seconds=config.rollout.stall_seconds)
+
+    def restore(engine: Engine, version: int) -> None:
+        synchronise(engine, trainer.export(), version, probe)
+
+    engine = RestartingEngine(first or build(), build=build, restore=restore, max_restarts=config.rollout.max_restarts)
+    return engine, trainer, probe
 
 
-def build_vllm_engine(config: RunConfig, max_context: int) -> Engine:
-    """vLLM with the weights of a Hugging Face checkpoint, or with none yet: it cannot read the tensors of one of ours."""
+def build_vllm_engine(config: RunConfig, max_context: int) -> RestartingEngine:
+    """vLLM alone, with the weights of a Hugging Face checkpoint, which it reads again when it is restarted."""
+
+    def build() -> Engine:
+        return _vllm_engine(config, max_context, dummy=False)
+
+    return RestartingEngine(build(), build=build, restore=lambda engine, version: None, max_restarts=config.rollout.max_restarts)
+
+
+def _vllm_engine(config: RunConfig, max_context: int, *, dummy: bool) -> Engine:
+    """`dummy`: with no weights yet, as also for a checkpoint of ours, whose tensors it cannot read."""
     from megatron_antisd.parallel.checkpoint_files import is_checkpoint
     from megatron_antisd.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=max_context,
-                      load_format="dummy" if is_checkpoint(config.model.path) else "auto", timeout_seconds=config.parallel.timeout_seconds)
+                      load_format="dummy" if dummy or is_checkpoint(config.model.path) else "auto",
+                      timeout_seconds=config.parallel.timeout_seconds)
 
 
-def build_probe(config: RunConfig, inputs: Inputs, problem: Problem, trainer: Trainer) -> SyncProbe:
+def _probe(config: RunConfig, inputs: Inputs, problem: Problem, trainer: Trainer) -> SyncProbe:
     """The proof after each weight sync, on `problem`'s prompt."""
     return SyncProbe(inputs.prompts.student_prompt(problem), score=trainer.score, copies=dist.get_world_size(), max_context=inputs.max_context,
                      temperature=config.rollout.temperature, limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype])

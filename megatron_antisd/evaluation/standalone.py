@@ -14,7 +14,7 @@ from megatron_antisd.evaluation.evaluator import Evaluator, build_evaluator
 from megatron_antisd.evaluation.store import weights_name
 from megatron_antisd.inputs import Inputs, read_inputs
 from megatron_antisd.metrics.files import CONFIG
-from megatron_antisd.policy import build_engine_and_trainer, build_probe, build_vllm_engine
+from megatron_antisd.policy import build_policy, build_vllm_engine
 from megatron_antisd.rollout.engine import Engine
 from megatron_antisd.rollout.probe import synchronise
 
@@ -57,9 +57,9 @@ def _build_engine(config: RunConfig, inputs: Inputs) -> Engine:
 
     if config.rollout.engine == "vllm" and not is_checkpoint(config.model.path):
         return build_vllm_engine(config, inputs.max_context)
-    engine, trainer = build_engine_and_trainer(config, inputs.max_context, training=False)
     problem = next(problem for problems in inputs.benchmarks.values() for problem in problems)
-    synchronise(engine, trainer.export(), 0, build_probe(config, inputs, problem, trainer))
+    engine, trainer, probe = build_policy(config, inputs, problem, training=False)
+    synchronise(engine, trainer.export(), 0, probe)
     return engine
 
 

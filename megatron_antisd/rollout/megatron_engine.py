@@ -11,10 +11,12 @@ from the same layers and weights as the trainer's.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -23,9 +25,10 @@ import torch.distributed as dist
 from megatron_antisd.models.attention import KeyValueCache, PackedSequences
 from megatron_antisd.parallel.rows import lone_filler
 from megatron_antisd.parallel.trainer import Trainer
-from megatron_antisd.rollout.engine import EngineError, Finished, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import EngineError, EngineFailure, Finished, Generation, Request, Sampling, check_requests
 
 _DONE, _RUNNING, _FAILED = 0, 1, 2
+_log = logging.getLogger(__name__)
 
 
 class MegatronEngine:
@@ -37,9 +40,10 @@ class MegatronEngine:
     policy_version: int
 
     def __init__(self, trainer: Trainer, *, max_context: int | None, max_sequences: int, prefill_tokens: int | None = None,
-                 policy_version: int = 0) -> None:
-        """`max_context` None takes the model's. `max_sequences`: decoded at once by a replica. `prefill_tokens`: prompt tokens of one row
-        (a longer prompt is a row of its own); None takes `trainer.score_micro_batch_tokens`."""
+                 policy_version: int = 0, stall_seconds: float = 300.0) -> None:
+        """`max_context` None takes the model's. `stall_seconds`: how long a rank that failed waits for the others to fail, too. `max_sequences`:
+        decoded at once by a replica. `prefill_tokens`: prompt tokens of one row (a longer prompt is a row of its own); None takes
+        `trainer.score_micro_batch_tokens`."""
         longest = int(trainer.description.hf["max_position_embeddings"])
         if max_context is not None and max_context > longest:
             raise EngineError(f"rollout.max_context={max_context} exceeds the model's max_position_embeddings of {longest}; lower it")
@@ -52,20 +56,46 @@ class MegatronEngine:
         self._trainer, self._layout = trainer, trainer.layout
         self._vocab_size = trainer.description.geometry.vocab_size
         self._closed = False
+        # A group of its own on the host: what failed on an accelerator must not be needed to say so.
+        one = self._layout.world_size == 1
+        self._reports = None if one else dist.new_group(backend="gloo", timeout=timedelta(seconds=stall_seconds))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
-        """See Engine.generate. Replica i takes the i-th contiguous part. Raises EngineError on all ranks for logits that are not finite."""
+        """See Engine.generate. Replica i takes the i-th contiguous part. Raises EngineError on all ranks for logits that are not finite,
+        EngineFailure where all ranks raised something, out of memory say. Where only some did, the others wait for them in the model's collectives:
+        those that raised say so in the log, wait `stall_seconds`, and raise what it was, which ends the job."""
         if self._closed:
             raise EngineError("generate: the engine is closed")
         self._require_agreement(requests, sampling)
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._vocab_size)
         replicas, mine = self._layout.replica_size, self._layout.replica_rank
         bounds = [len(requests) * i // replicas for i in range(replicas + 1)]
-        part = self._generate(requests[bounds[mine]:bounds[mine + 1]], sampling, bounds[mine], finished)
+        part = self._agreed(lambda: self._generate(requests[bounds[mine]:bounds[mine + 1]], sampling, bounds[mine], finished))
         parts: list[list[Generation]] = [part] * replicas
         if replicas > 1:
             dist.all_gather_object(parts, part, group=self._layout.replicas)
         return [generation for part in parts for generation in part]
+
+    def _agreed(self, action: Callable[[], list[Generation]]) -> list[Generation]:
+        part, error = [], None
+        try:
+            part = action()
+        except EngineError:  # raised on all ranks
+            raise
+        except Exception as exception:
+            error = exception
+            _log.error("generate failed on rank %d: %s: %s", self._layout.rank, type(error).__name__, error)
+        mine = "" if error is None else f"{type(error).__name__}: {error}"
+        reports = [mine] * self._layout.world_size
+        if self._reports is not None:
+            try:
+                dist.all_gather_object(reports, mine, group=self._reports)
+            except RuntimeError:
+                raise error or EngineError("generate: other ranks failed, their log says how") from None
+        failed = {rank: text for rank, text in enumerate(reports) if text}
+        if failed:
+            raise EngineFailure("generate failed on " + "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())) from error
+        return part
 
     def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take note of the trainer's update: the model is the trainer's own and changed already, nothing is cached between calls.
@@ -86,6 +116,9 @@ class MegatronEngine:
     def close(self) -> None:
         """See Engine.close. The trainer keeps its model."""
         self._closed = True
+        if self._reports is not None:
+            dist.destroy_process_group(self._reports)
+            self._reports = None
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
