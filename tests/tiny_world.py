@@ -92,6 +92,12 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "reward_mean" in row]
 
 
+def without_times(directory: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl as they stand, wall clock aside."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per_second"))} for row in rows]
+
+
 def launch(ranks: int, *arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node ranks arguments...`; stdout and stderr together in `stdout`, whatever the exit code.
 

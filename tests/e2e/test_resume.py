@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from distributed import _environment, _kill_tree
-from tiny_world import World, configuration, make_world, rows_of, train, write
+from tiny_world import World, configuration, make_world, rows_of, train, without_times, write
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 STEPS, EVERY, KILLED_AFTER = 6, 2, 5
-TIMES = ("seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,6 @@ def make_config(world: World, name: str, **sections: dict[str, Any]) -> Path:
     for section, values in sections.items():
         raw[section] = {**raw.get(section, {}), **values}
     return write(raw, world.root / f"{name}.yaml")
-
-
-def without_times(directory: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
 def run_until(config: Path, directory: Path, step: int) -> None:
