@@ -81,8 +81,9 @@ class GradingPool:
         with self._lock:
             while True:
                 if self._rebuilds >= self._max_rebuilds:
-                    raise GradingError(f"the grading pool died {self._rebuilds + 1} times in this process, and grading.max_rebuilds="
-                                       f"{self._max_rebuilds}; the last: {death}") from death
+                    times = "once" if self._rebuilds == 0 else f"{self._rebuilds + 1} times"
+                    raise GradingError(f"the grading pool died {times} in this process, and grading.max_rebuilds={self._max_rebuilds}; "
+                                       f"the last death: {death}") from death
                 self._rebuilds += 1
                 logger.warning("rebuilding the grading pool (%d of at most %d times): %s", self._rebuilds, self._max_rebuilds, death)
                 self.close()

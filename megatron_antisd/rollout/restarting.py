@@ -81,8 +81,9 @@ class RestartingEngine:
     def _restart(self, failure: EngineFailure, version: int) -> None:
         while True:
             if self._restarts >= self._max_restarts:
-                raise EngineError(f"the engine failed {self._restarts + 1} times in this process, and rollout.max_restarts={self._max_restarts}; "
-                                  f"the last: {failure}") from failure
+                times = "once" if self._restarts == 0 else f"{self._restarts + 1} times"
+                raise EngineError(f"the engine failed {times} in this process, and rollout.max_restarts={self._max_restarts}; "
+                                  f"the last failure: {failure}") from failure
             self._restarts += 1
             _log.warning("restarting the engine (%d of at most %d times): %s", self._restarts, self._max_restarts, failure,
                          exc_info=failure.__cause__)

@@ -128,13 +128,14 @@ def test_updates_that_are_not_finite_are_skipped_and_the_run_stops_when_they_go_
 
 
 @pytest.mark.slow
-def test_an_engine_that_dies_ends_the_run_on_all_ranks(world: World) -> None:
+def test_an_engine_that_dies_and_may_not_be_restarted_ends_the_run_on_all_ranks(world: World) -> None:
     directory = world.root / "dies"
-    raw = configuration(world, directory, parallel=TP2_EP2, checkpoint={"every": 1}, evaluation={"every": 3})
+    raw = configuration(world, directory, parallel=TP2_EP2, checkpoint={"every": 1}, evaluation={"every": 3}, rollout={"max_restarts": 0})
     config = write(raw, world.root / "dies.yaml")
     done = launch(2, FAULTS, "engine_dies=3", config)
     assert done.returncode != 0
-    said = done.stdout.count("EngineError: generate failed on ranks [1]: RuntimeError: the engine core died unexpectedly")
+    said = done.stdout.count("EngineError: the engine failed once in this process, and rollout.max_restarts=0; the last failure: generate failed on "
+                             "ranks [1]: RuntimeError: the engine core died unexpectedly")
     assert said == 2, done.stdout[-6000:]
     assert [row["step"] for row in rows_of(directory)] == [1, 2]
     from megatron_antisd.checkpoint import latest_checkpoint

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from distributed import run_ranks
+from grading.early_ranks import FEEDBACK, killed_at_every_start, make_groups, text
 
-from megatron_antisd.config import PrivilegedConfig
 from megatron_antisd.grading import GradingError, GradingPool, GradingTask
 from megatron_antisd.grading.groups import EarlyGrading
-from megatron_antisd.records import Problem, Rollout, RolloutGroup
-
-FEEDBACK = PrivilegedConfig()
-
-
-def make_groups(count: int, size: int = 4) -> list[RolloutGroup]:
-    """Of problem i the rollouts j with (i + j) even are right."""
-    groups = []
-    for i in range(count):
-        problem = Problem(id=f"p{i}", prompt="?", answer=str(i))
-        rollouts = tuple(Rollout(problem_id=problem.id, index=j, prompt_ids=(1,), response_ids=(i, j), engine_log_probs=(-1.0, -1.0),
-                                 truncated=False, policy_version=0, text=text(i, j)) for j in range(size))
-        groups.append(RolloutGroup(problem=problem, rollouts=rollouts))
-    return groups
-
-
-def text(i: int, j: int) -> str:
-    return f"\\boxed{{{i if (i + j) % 2 == 0 else 'x'}}}"
 
 
 def test_verdicts_come_to_their_rollouts_in_any_order() -> None:
@@ -91,14 +75,85 @@ def test_polls_alone_grade_everything() -> None:
         grading.complete(groups, FEEDBACK)
 
 
-@pytest.mark.parametrize("reported", [[0, 1, 2], [0, 1, 2, 3, 3]])
-def test_a_rollout_left_out_or_reported_twice_is_an_error(reported: list[int]) -> None:
+@pytest.mark.parametrize("reported", [[(0, 0), (0, 1), (0, 2)], [(0, 0), (0, 1), (0, 2), (0, 9)]])
+def test_a_rollout_left_out_or_with_other_tokens_is_an_error(reported: list[tuple[int, int]]) -> None:
     groups = make_groups(1)
     with GradingPool(workers=1, timeout_seconds=10.0) as pool:
         grading = EarlyGrading(pool, [groups[0].problem], 4, lambda ids: text(*ids))
-        grading([(index, (0, index)) for index in reported])
-        with pytest.raises(RuntimeError, match="must report each one once"):
+        grading(list(enumerate(reported)))
+        with pytest.raises(RuntimeError, match="of 4 rollouts 3 were given to a grader.*must report each one on one rank"):
             grading.complete(groups, FEEDBACK)
+        assert pool.grade_many([]).rewards == (), "the pool is free"
+
+
+def test_a_generation_that_begins_again_is_graded_once() -> None:
+    """The first time two of four are reported, one of them with tokens that the second time are others (of another text, and another reward)."""
+    groups = make_groups(1)
+    rollouts = list(enumerate(rollout.response_ids for rollout in groups[0].rollouts))
+    with GradingPool(workers=1, timeout_seconds=10.0) as pool:
+        grading = EarlyGrading(pool, [groups[0].problem], 4, lambda ids: text(*ids))
+        grading([rollouts[0], (1, (0, 2))])  # that one would be right
+        for one in rollouts:
+            grading([one])
+        grading(rollouts)
+        assert len(grading._tasks) == 5, "what is known is not graded again"
+        graded = grading.complete(groups, FEEDBACK)
+    assert [r.reward for r in graded.groups[0].rollouts] == [1.0, 0.0, 1.0, 0.0]
+    assert graded.rebuilds == graded.crashes == 0
+
+
+def test_only_what_counts_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time-out and a crash of responses that the engine did not return in the end are nobody's."""
+    (tmp_path / "fragile_grader.py").write_text(
+        "import os, time\n\ndef grade(response, answer):\n    if response == '-1':\n        os._exit(1)\n"
+        "    if response == '-2':\n        time.sleep(60)\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    groups = make_groups(1)
+    with GradingPool(workers=1, timeout_seconds=1.0, function="fragile_grader:grade") as pool:
+        grading = EarlyGrading(pool, [groups[0].problem], 4, lambda ids: str(ids[0]))
+        grading([(0, (-1,)), (1, (-2,))])
+        grading(list(enumerate(rollout.response_ids for rollout in groups[0].rollouts)))
+        graded = grading.complete(groups, FEEDBACK)
+    assert [r.reward for r in graded.groups[0].rollouts] == [1.0] * 4
+    assert (graded.timeouts, graded.crashes) == (0, 0)
+
+
+def test_an_error_is_raised_after_the_generation() -> None:
+    groups = make_groups(1)
+
+    def decode(ids: Sequence[int]) -> str:
+        raise KeyError("no such token")
+
+    with GradingPool(workers=1, timeout_seconds=10.0) as pool:
+        grading = EarlyGrading(pool, [groups[0].problem], 4, decode)
+        for _ in range(2):
+            grading([(0, (0, 0))])
+        with pytest.raises(KeyError, match="no such token"):
+            grading.complete(groups, FEEDBACK)
+        assert pool.grade_many([]).rewards == (), "the pool is free"
+
+
+def test_a_pool_that_died_meanwhile_is_rebuilt(caplog: pytest.LogCaptureFixture) -> None:
+    groups = make_groups(3)
+    rollouts = list(enumerate(rollout.response_ids for group in groups for rollout in group.rollouts))
+    with GradingPool(workers=1, timeout_seconds=10.0, max_rebuilds=1) as pool:
+        grading = EarlyGrading(pool, [group.problem for group in groups], 4, lambda ids: text(*ids))
+        grading(rollouts[:6])
+        with killed_at_every_start(pool):
+            while grading._error is None:
+                grading([])
+        grading(rollouts[6:])
+        graded = grading.complete(groups, FEEDBACK)
+        assert [r.reward for g in graded.groups for r in g.rollouts] == [float((i + j) % 2 == 0) for i in range(3) for j in range(4)]
+        assert graded.rebuilds == 1 and graded.crashes == 0 and "rebuilding the grading pool (1 of at most 1 times)" in caplog.text
+        grading = EarlyGrading(pool, [group.problem for group in groups], 4, lambda ids: text(*ids))
+        grading(rollouts)
+        assert grading.complete(groups, FEEDBACK).rebuilds == 0
+
+
+def test_on_several_ranks_an_error_of_one_is_raised_on_all() -> None:
+    output = run_ranks(Path(__file__).with_name("early_ranks.py"), 2, timeout=120)
+    assert sorted(output.split("\n"))[-2:] == [f"rank {rank}: as it should be" for rank in (0, 1)], output
 
 
 def test_a_pool_that_is_closed_says_so() -> None:

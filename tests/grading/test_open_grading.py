@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -110,6 +111,20 @@ def test_a_grading_ends_once(pool: GradingPool) -> None:
     given_up.abandon()
     with pytest.raises(GradingError, match="this grading has ended"):
         given_up.report()
+
+
+def test_a_grading_that_is_dropped_frees_the_pool(pool: GradingPool, caplog: pytest.LogCaptureFixture) -> None:
+    grading = pool.open()
+    grading.add(task("spin"))
+    grading.poll()
+    del grading
+    gc.collect()
+    assert "dropped without report or abandon" in caplog.text
+    rewards: list[float] = []
+    other = threading.Thread(target=lambda: rewards.extend(pool.grade_many([task("quick")]).rewards), daemon=True)
+    other.start()
+    other.join(20)
+    assert rewards == [1.0]
 
 
 def test_a_report_after_the_pools_end_says_so(pool: GradingPool) -> None:

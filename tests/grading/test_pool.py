@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from distributed import run_ranks
 
-from megatron_antisd.grading import GradingError, GradingPool, GradingTask
+from megatron_antisd.grading import GradingError, GradingPool, GradingPoolDied, GradingTask
 
 GRADERS = """
     import os, signal, subprocess, sys, time
@@ -74,6 +74,7 @@ def tasks(pairs: Iterable[tuple[str, str]]) -> list[GradingTask]:
 def graders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("graders")
     (folder / "own_graders.py").write_text(textwrap.dedent(GRADERS))
+    (folder / "deadly_grader.py").write_text("import os\nos._exit(4)\n")
     (folder / "broken_grader.py").write_text("import does_not_exist_anywhere\n")
     sys.path.insert(0, str(folder))
     yield
@@ -154,6 +155,69 @@ def test_a_worker_killed_while_idle_loses_nothing(pool: GradingPool) -> None:
     report = pool.grade_many(tasks([("1", "1")] * 6))
     assert report.rewards == (1.0,) * 6
     assert report.crashes == 0
+
+
+def kill_all(pool: GradingPool) -> None:
+    for worker in pool._workers:
+        worker.process.kill()
+        worker.process.wait()
+
+
+def kill_every_start(pool: GradingPool, starts: int) -> None:
+    """All present workers, and so many of those that take their place."""
+    replace, left = pool._replace, iter(range(starts))
+
+    def replace_and_kill(slot: int, lost: str | None) -> int:
+        code = replace(slot, lost)
+        if next(left, None) is not None:
+            pool._workers[slot].process.kill()
+            pool._workers[slot].process.wait()
+        return code
+
+    pool._replace = replace_and_kill  # type: ignore[method-assign]
+    kill_all(pool)
+
+
+def test_workers_killed_again_and_again_are_a_dead_pool_that_is_rebuilt() -> None:
+    with GradingPool(workers=2, timeout_seconds=5.0, function="own_graders:act", max_rebuilds=2) as pool:
+        for _ in range(2):
+            kill_every_start(pool, 3)
+            assert pool.grade_many(tasks([("1", "1"), ("1", "2")] * 3)).rewards == (1.0, 0.0) * 3
+            assert pool.take_rebuilds() == 1 and pool.take_rebuilds() == 0
+        kill_every_start(pool, 3)
+        with pytest.raises(GradingError, match=r"the grading pool died 3 times in this process, and grading\.max_rebuilds=2; the last death: 3 grading "
+                                               r"workers in a row died without an answer.*exit code -9"):
+            pool.grade_many(tasks([("1", "1")]))
+        with pytest.raises(GradingError, match="the grading pool is closed"):
+            pool.grade_many(tasks([("1", "1")]))
+
+
+def test_a_dead_pool_says_so_to_whoever_has_it_open(pool: GradingPool) -> None:
+    grading = pool.open()
+    grading.add(GradingTask(response="1", answer="1"))
+    kill_every_start(pool, 3)
+    with pytest.raises(GradingPoolDied, match="3 grading workers in a row died without an answer"):
+        grading.report()
+
+
+def test_two_workers_lost_while_starting_are_no_death(pool: GradingPool) -> None:
+    kill_every_start(pool, 0)
+    assert pool.grade_many(tasks([("1", "1")] * 6)).rewards == (1.0,) * 6
+    assert pool.take_rebuilds() == 0
+
+
+def test_a_broken_grader_is_not_tried_again(pool: GradingPool) -> None:
+    pool._max_rebuilds = 3
+    for kind in ("raise", "nan"):
+        with pytest.raises(GradingError) as caught:
+            pool.grade_many(tasks([(kind, "")] * 3))
+        assert not isinstance(caught.value, GradingPoolDied)
+    assert pool.take_rebuilds() == 0
+
+
+def test_workers_that_cannot_live_are_a_dead_pool_at_the_start() -> None:
+    with pytest.raises(GradingPoolDied, match="3 grading workers in a row died without an answer, the last while starting with exit code 4"):
+        GradingPool(workers=2, timeout_seconds=1.0, function="deadly_grader:act")
 
 
 def test_an_exception_is_a_crash_unless_everything_raises(pool: GradingPool) -> None:

@@ -26,7 +26,7 @@ from megatron_antisd.rollout.engine import Engine, EngineError, Request, Samplin
 from megatron_antisd.rollout.restarting import RestartingEngine
 from megatron_antisd.rollout.vllm_engine import VllmEngine
 
-STALL_SECONDS = 3.0
+STALL_SECONDS = 10.0
 FIXED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, ignore_eos=True)
 REQUESTS = [Request(prompt_ids=(5, 6, 7 + i % 3) * 60, seed=i) for i in range(10)]
 
