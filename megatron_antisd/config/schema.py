@@ -112,7 +112,8 @@ class RolloutConfig(Section):
     max_restarts: int = Field(3, ge=0)
     """Restarts of a broken engine in the life of this process, whatever step they fall in; the failure after that ends the run. 0: none."""
     stall_seconds: float = Field(300.0, gt=0)
-    """An engine whose decoding step lasts longer than this has stopped answering and is restarted."""
+    """An engine whose decoding step lasts longer than this has stopped answering and is restarted; below `supervision.generate_seconds`, which ends
+    the run."""
 
 
 class GradingConfig(Section):

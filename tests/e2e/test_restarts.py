@@ -88,8 +88,9 @@ def test_an_in_process_engine_that_dies_on_all_ranks(world: World) -> None:
 @pytest.mark.slow
 def test_an_engine_that_always_dies_ends_the_run_on_all_ranks(world: World) -> None:
     directory, output = run(world, "engine_always_dies=2", fails=True, rollout={"max_restarts": 2})
-    assert output.count("EngineError: the engine failed 3 times in this process, and rollout.max_restarts=2; the last failure: generate failed on ranks [1]: "
-                        "RuntimeError: the engine core died unexpectedly") >= 2, output[-6000:]
+    said = ("EngineError: the engine failed 3 times in this process, and rollout.max_restarts=2; the last failure: generate failed on ranks [1]: "
+            "RuntimeError: the engine core died unexpectedly")
+    assert output.count(said) >= 2, output[-6000:]
     assert [row["step"] for row in rows_of(directory)] == [1]
 
 

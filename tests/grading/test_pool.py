@@ -185,8 +185,8 @@ def test_workers_killed_again_and_again_are_a_dead_pool_that_is_rebuilt() -> Non
             assert pool.grade_many(tasks([("1", "1"), ("1", "2")] * 3)).rewards == (1.0, 0.0) * 3
             assert pool.take_rebuilds() == 1 and pool.take_rebuilds() == 0
         kill_every_start(pool, 3)
-        with pytest.raises(GradingError, match=r"the grading pool died 3 times in this process, and grading\.max_rebuilds=2; the last death: 3 grading "
-                                               r"workers in a row died without an answer.*exit code -9"):
+        with pytest.raises(GradingError, match=r"the grading pool died 3 times in this process, and grading\.max_rebuilds=2; the last death: "
+                                               r"3 grading workers in a row died without an answer.*exit code -9"):
             pool.grade_many(tasks([("1", "1")]))
         with pytest.raises(GradingError, match="the grading pool is closed"):
             pool.grade_many(tasks([("1", "1")]))

@@ -90,7 +90,7 @@ def resources() -> dict[str, int]:
 
 def facts_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict[str, Any]:
     undisturbed = engine.generate(REQUESTS, FIXED)
-    facts: dict[str, Any] = {"resources": [], "seconds": {}}
+    facts: dict[str, Any] = {"resources": [resources()], "seconds": {}}
     for name, act, rank in (("one dies", die, 1), ("all die", die, None), ("one sleeps", hang, 1), ("one waits", wait_for_a_lock, 0),
                             ("one spins", spin, 1)):
         fail_in_step(engine, 5, act, rank=rank)

@@ -18,8 +18,8 @@ from megatron_antisd.rollout.engine import EngineError, EngineFailure
 from megatron_antisd.rollout.stalls import StallWatch
 
 HERE = Path(__file__).resolve().parent
-RSS_MIB = 40
-"""Growth allowed over four restarts after the first, each rank. Measured: 1 with replicas, 4 with tensor-parallel partners; 14 for the first."""
+RSS_MIB = 12
+"""Growth of a rank allowed over three restarts after the second. Measured: 1 with replicas, 4 with tensor-parallel partners."""
 
 
 def spin() -> None:
@@ -96,7 +96,7 @@ def test_a_restarted_engine_gives_what_the_first_one_would_have_given(tmp_path: 
         for name in ("one dies", "all die", "one sleeps", "one waits", "one spins", "the update changed something", "present weights",
                      "failed update"):
             assert facts[name], name
-        first, *_, last = facts["resources"]
+        first, last = facts["resources"][2], facts["resources"][-1]
         assert last.pop("rss") - first.pop("rss") < RSS_MIB
         assert last == first, "threads, open files, shared memory, process groups"
         assert "exceeds the context of 512" in facts["too long"] and facts["disagreement"].startswith("ranks [1] passed other requests")
