@@ -40,7 +40,7 @@ class Started:
         raise AssertionError(f"no {pattern!r} after {PATIENCE} s:\n{self.output}")
 
     def pids(self, world_size: int) -> dict[int, int]:
-        self.wait_for(r"pid of rank \d+: (\d+)\b", world_size)
+        self.wait_for(r"pid of rank \d+: (\d+)\n", world_size)
         return {int(rank): int(pid) for rank, pid in re.findall(r"pid of rank (\d+): (\d+)", self.output)}
 
     def exit_code(self) -> int:

@@ -54,6 +54,14 @@ def uninstall() -> None:
     _previous.clear()
 
 
+def ignore() -> None:
+    """From now on no signal of SIGNALS has any effect: for a process that ends, whose exit code and last words torchrun's SIGTERM must not cut
+    off. Python takes handlers away while it shuts down, but leaves this. `uninstall` undoes it."""
+    install()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def requested() -> bool:
     """Whether this rank was asked to stop."""
     return _requested
@@ -83,6 +91,7 @@ def leave_preempted(directory: Path, step: int, checkpoint: Path | None) -> NoRe
             os.kill(agent, signal.SIGTERM)
     if dist.is_initialized():  # no rank may be gone before every node's agent knows
         dist.all_reduce(torch.zeros(1, dtype=torch.int32))
+    ignore()
     raise SystemExit(EXIT_PREEMPTED)
 
 

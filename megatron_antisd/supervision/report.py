@@ -60,6 +60,16 @@ def explain(alarm: Alarm, records: Mapping[int, RankRecord], world_size: int, de
     return "\n".join([first, *(f"  {line}" for line in _table(records, world_size))])
 
 
+def explain_alone(alarm: Alarm, own: RankRecord, watched: RankRecord | None, *, gone: bool) -> str:
+    """The report of a rank that can no longer reach the store. `watched`: the last that it saw of the next rank; `gone`: its process is."""
+    text = f"{place(alarm.stage, alarm.step)}: rank {alarm.rank}: {alarm.reason}. The store does not answer: its process (the first node's " \
+           f"torchrun), that node or the network to it is gone, and nothing is known of other ranks"
+    if watched is not None:
+        text += f"; {describe(watched.rank, watched, {watched.rank})}" if gone else \
+                f"; rank {watched.rank} (host {watched.host}, pid {watched.pid}) was last seen in {place(watched.stage, watched.step)}"
+    return f"{text}\n  rank {own.rank}: {_standing(own)}"
+
+
 def describe(rank: int, record: RankRecord | None, dead: Collection[int] = ()) -> str:
     """`rank 3 (host b, pid 77) is stuck in stage generate of step 12 since 600 s; its last collective ...`."""
     if record is None:

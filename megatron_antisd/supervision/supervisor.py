@@ -34,7 +34,8 @@ class Supervisor:
 
     Every rank makes one, in the same order where there are several, once the process group has started, and passes through the same
     stages. `store` is the process group's; `directory` gets `hangs/`. SIGTERM and SIGUSR1 must not kill a rank before its report is out
-    (torchrun sends SIGTERM to the ranks that are left when one dies), so their handlers are installed, where nobody has, until the end.
+    (torchrun sends SIGTERM to the ranks that are left when one dies), so their handlers are installed, where nobody has, until the end. After
+    an exception they are ignored from then on: the process is expected to end by it.
     """
 
     def __init__(self, config: SupervisionConfig, *, directory: Path, store: dist.Store, rank: int, world_size: int) -> None:
@@ -67,25 +68,28 @@ class Supervisor:
 
     def close(self) -> None:
         """The end of supervision; nothing is left running. May be called twice."""
-        self._close(None)
+        self._close(None, failed=False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, preemption.Preempted):
+        failed = isinstance(error, Exception) and not isinstance(error, preemption.Preempted)
+        if failed:
+            if threading.current_thread() is threading.main_thread():
+                preemption.ignore()
             stage = self._failed[1] if self._failed is not None and self._failed[0] is error else self._watchdog.stage
             log.error("failed in stage %s: %s: %s; looking at the other ranks", stage.name, type(error).__name__, error)
             self._watchdog.fail(error, stage)
         left = isinstance(error, SystemExit | KeyboardInterrupt) and getattr(error, "code", 1) not in (None, 0, EXIT_PREEMPTED)
-        self._close(f"{type(error).__name__}: {error}" if left else None)
+        self._close(f"{type(error).__name__}: {error}" if left else None, failed=failed)
 
-    def _close(self, left: str | None) -> None:
+    def _close(self, left: str | None, *, failed: bool) -> None:
         if not self._open:
             return
         self._open = False
         self._watchdog.stop(left)
-        if self._installed:
+        if self._installed and not failed:
             preemption.uninstall()
 
     def _new_stage(self, name: str, step: int | None) -> Stage:

@@ -28,7 +28,7 @@ from megatron_antisd.supervision import collectives, stacks
 from megatron_antisd.supervision.board import Board
 from megatron_antisd.supervision.exit_codes import EXIT_HANG
 from megatron_antisd.supervision.records import Alarm, RankRecord
-from megatron_antisd.supervision.report import explain, place
+from megatron_antisd.supervision.report import explain, explain_alone, place
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,7 +60,9 @@ class Watchdog:
         self._beat, self._heard = 0, False
         self._watched = (rank + 1) % world_size
         self._seen_beat, self._seen_at = -1, time.monotonic()
-        self._store_answered = time.monotonic()
+        self._last_seen: RankRecord | None = None  # the next rank's
+        self._store_error: Exception | None = None  # a connection that is broken once stays so, and each further try prints a C++ stack
+        self._store_lost_at = 0.0
         self._failure: BaseException | None = None
         self._failure_order = 0
         self._left: str | None = None
@@ -93,11 +95,9 @@ class Watchdog:
             # Where C code holds the interpreter, nothing of this runs: a thread of faulthandler's that needs no interpreter then prints the
             # stacks and ends the process. Later than the others notice the silence, so that they name this rank first.
             faulthandler.dump_traceback_later(self._config.silence_seconds + 2 * self._config.heartbeat_seconds, exit=True, file=stacks.STDERR)
-            try:
-                alarm = self._look()
-                self._store_answered = time.monotonic()
-            except dist.DistError as error:
-                alarm = self._look_without_store(error)
+            alarm = self._quietly(self._look)
+            if self._store_error is not None:
+                alarm = self._look_without_store(self._store_error)
             if alarm is not None:
                 self._answer(alarm)
                 break
@@ -134,7 +134,7 @@ class Watchdog:
             self._seen_beat, self._seen_at = -1, time.monotonic()
             return None
         if record is not None and record.beat != self._seen_beat:
-            self._seen_beat, self._seen_at = record.beat, time.monotonic()
+            self._last_seen, self._seen_beat, self._seen_at = record, record.beat, time.monotonic()
         if record is not None and self._is_gone(record):
             # Look again: it may have said goodbye between the two looks.
             record = self._board.record(self._watched)
@@ -145,7 +145,7 @@ class Watchdog:
 
     def _look_without_store(self, error: Exception) -> Alarm | None:
         """The store does not answer: its node is gone, or the job is being taken down. A rank waits a while, for a report by others or its end."""
-        lost = time.monotonic() - self._store_answered
+        lost = time.monotonic() - self._store_lost_at
         reason = self._own_trouble()
         if reason is None and lost > self._config.silence_seconds:
             reason = f"the store in the first node's torchrun did not answer for {lost:.0f} s ({_one_line(error)}): that node or its network is gone"
@@ -193,22 +193,23 @@ class Watchdog:
     def _report(self, alarm: Alarm) -> str:
         records = self._quietly(self._board.records)
         if records is None:
-            records = {self._rank: self._record()}
-            return f"{explain(alarm, records, self._world_size)}\n  (the store does not answer, so nothing is known of other ranks)"
+            return explain_alone(alarm, self._record(), self._last_seen, gone=self._last_seen is not None and self._is_gone(self._last_seen))
         dead = {rank for rank, record in records.items() if not record.heard and self._is_gone(record)}
         return explain(alarm, records, self._world_size, dead)
 
     def _until(self, true: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
-        while not self._quietly(true) and time.monotonic() < end:
+        while not self._quietly(true) and self._store_error is None and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
 
     def _quietly(self, call: Callable[[], T]) -> T | None:
         """None where the store does not answer: this rank's own stacks and its end must not depend on it."""
-        try:
-            return call()
-        except dist.DistError:
-            return None
+        if self._store_error is None:
+            try:
+                return call()
+            except dist.DistError as error:
+                self._store_error, self._store_lost_at = error, time.monotonic()
+        return None
 
     def _say_goodbye(self) -> None:
         def leave() -> None:
@@ -239,12 +240,10 @@ class Watchdog:
         if record.namespace != self._namespace:
             return False
         try:
-            os.kill(record.pid, 0)
-        except ProcessLookupError:
+            state = Path(f"/proc/{record.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
             return True
-        except PermissionError:
-            return False
-        return False
+        return state in "ZX"  # dead, and not yet waited for by its parent
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,6 +13,11 @@ from megatron_antisd.config.reliability import SupervisionConfig
 from megatron_antisd.supervision import Supervisor, preemption
 
 
+def say(line: str) -> None:
+    """In one write: the lines of several ranks go into one file."""
+    os.write(1, f"{line}\n".encode())
+
+
 def main(directory: Path) -> None:
     preemption.install()
     dist.init_process_group("gloo")
@@ -22,7 +27,7 @@ def main(directory: Path) -> None:
     with (directory / f"starts_{rank}").open("a") as file:
         file.write("start\n")
     dist.barrier()
-    print(f"pid of rank {rank}: {os.getpid()}", flush=True)
+    say(f"pid of rank {rank}: {os.getpid()}")
     config = SupervisionConfig(heartbeat_seconds=0.5, silence_seconds=10)
     store = dist.distributed_c10d._get_default_store()
     with Supervisor(config, directory=directory, store=store, rank=rank, world_size=dist.get_world_size()) as supervisor:
@@ -30,7 +35,7 @@ def main(directory: Path) -> None:
             with supervisor.stage("step", step):
                 time.sleep(0.05 * (rank + 1))
             if preemption.agreed(None):
-                print(f"rank {rank} stops after step {step}, itself asked: {preemption.requested()}", flush=True)
+                say(f"rank {rank} stops after step {step}, itself asked: {preemption.requested()}")
                 preemption.leave_preempted(directory, step, directory / "checkpoint")
 
 

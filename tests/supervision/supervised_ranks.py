@@ -27,6 +27,7 @@ def sleep() -> None:
 
 
 def stop() -> None:
+    time.sleep(1)  # some heartbeats, so that its place is known
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -41,6 +42,7 @@ def spin() -> None:
 
 
 def hold_interpreter() -> None:
+    time.sleep(1)  # some heartbeats, so that its place is known
     ctypes.PyDLL(None).sleep(600)
 
 
@@ -64,12 +66,17 @@ def jump() -> None:
 FAULTS = {function.__name__: function for function in (sleep, stop, die, spin, hold_interpreter, fail, leave, jump)}
 
 
+def say(line: str) -> None:
+    """In one write: the lines of several ranks go into one file."""
+    os.write(1, f"{line}\n".encode())
+
+
 def main(directory: Path, fault: str, culprit: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     dist.init_process_group("gloo")
     collectives.install()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    print(f"pid of rank {rank}: {os.getpid()}", flush=True)
+    say(f"pid of rank {rank}: {os.getpid()}")
     store = dist.distributed_c10d._get_default_store()
     with Supervisor(CONFIG, directory=directory, store=store, rank=rank, world_size=world_size) as supervisor:
         for step in (1, 2):
@@ -78,7 +85,7 @@ def main(directory: Path, fault: str, culprit: int) -> None:
                 if step == 2 and rank == culprit:
                     FAULTS[fault]()
                 dist.all_reduce(torch.ones(1))
-    print(f"rank {rank} is done", flush=True)
+    say(f"rank {rank} is done")
     dist.destroy_process_group()
 
 

@@ -122,6 +122,7 @@ def test_leaving_without_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with pytest.raises(SystemExit) as left:
         preemption.leave_preempted(tmp_path, 7, None)
+    preemption.uninstall()  # the signals are ignored until the process's end
     assert left.value.code == 75
     assert json.loads((tmp_path / "preempted.json").read_text())["checkpoint"] is None
     preemption.clear_preempted(tmp_path)

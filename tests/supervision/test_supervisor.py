@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_antisd.config.reliability import SupervisionConfig
-from megatron_antisd.supervision import Preempted, Supervisor
+from megatron_antisd.supervision import Preempted, Supervisor, preemption
 from megatron_antisd.supervision.board import Board
 from megatron_antisd.supervision.records import Alarm, RankRecord
 
@@ -66,6 +66,7 @@ def test_exceptions_pass_through(tmp_path: Path, error: BaseException, explained
     with pytest.raises(type(error)), make(tmp_path) as supervisor:
         with supervisor.stage("generate", 1):
             raise error
+    preemption.uninstall()  # after a failure the signals are ignored
     assert not watchdogs()
     assert ("rank 0" in caplog.text and "failed in stage generate of step 1 by ValueError: boom" in caplog.text) == explained
     if explained:
