@@ -3,8 +3,6 @@ functions below, `name=STEP`."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -116,7 +114,7 @@ def _kill_graders(step: int, rank: int) -> None:
 
     def kill(pool: GradingPool) -> None:
         for worker in pool._workers:
-            os.kill(worker.process.pid, signal.SIGKILL)
+            worker.process.kill()
             worker.process.wait()
 
     def killing(self: EarlyGrading, finished: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import sys
 from collections.abc import Iterator
 
@@ -39,7 +37,7 @@ def killed_at_every_start(pool: GradingPool) -> Iterator[None]:
 
     def kill() -> None:
         for worker in pool._workers:
-            os.kill(worker.process.pid, signal.SIGKILL)
+            worker.process.kill()
             worker.process.wait()
 
     replace = pool._replace
