@@ -82,13 +82,13 @@ def last() -> Collective | None:
 
 
 def _recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    recorder, is_compiling = _recorder, torch.compiler.is_compiling
+    recorder, is_compiling, get_ident = _recorder, torch.compiler.is_dynamo_compiling, threading.get_ident
 
     @functools.wraps(function)
     def collective(*args: Any, **kwargs: Any) -> Any:
         # A compiler must see torch's own function, which it replaces. Inside another collective (all_gather_object is made of two
         # all_gathers) the outer name is what the caller wrote.
-        if is_compiling() or recorder.inside or threading.get_ident() != recorder.thread:
+        if is_compiling() or recorder.inside or get_ident() != recorder.thread:
             return function(*args, **kwargs)
         caller = sys._getframe(1)
         recorder.count = number = recorder.count + 1
