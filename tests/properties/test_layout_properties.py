@@ -23,7 +23,8 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     groups = draw(st.sampled_from([4, 2, 12, 1]))
     model = {
         "model_type": kind, "hidden_size": draw(st.sampled_from([48, 64, 96])), "intermediate_size": draw(st.sampled_from([48, 128])),
-        "num_hidden_layers": draw(st.sampled_from([2, 4, 4, 7, 8])), "num_attention_heads": groups * draw(st.sampled_from([1, 2, 3])),
+        "num_hidden_layers": draw(st.sampled_from([2, 4, 4, 7, 8])),
+        "num_attention_heads": draw(st.sampled_from([groups, 2 * groups, 3 * groups, 6])),
         "num_key_value_heads": groups, "head_dim": draw(st.sampled_from([16, 32])), "max_position_embeddings": 512, "vocab_size": 512}
     if kind == "qwen3_moe":
         model |= {"num_experts": draw(st.sampled_from([4, 6, 8])), "moe_intermediate_size": draw(st.sampled_from([32, 48])), "norm_topk_prob": True}
