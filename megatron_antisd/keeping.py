@@ -51,6 +51,12 @@ def save(run: Run, metrics: MetricsWriter) -> None:
             _write_checkpoint(run, metrics, wait=False)
 
 
+def finish(run: Run) -> None:
+    """Wait for the last checkpoint."""
+    with run.supervisor.stage("save", run.progress.step):
+        _try(run, run.writer.wait)
+
+
 def _write_checkpoint(run: Run, metrics: MetricsWriter, *, wait: bool) -> None:
     key = run.config.checkpoint.best_metric or _first_accuracy(run)
     scores = {step: row[key] for step, row in metrics.evaluations.items() if row.get(key) is not None}

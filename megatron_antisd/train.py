@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
                             is_writer=run.is_main, patient=config.checkpoint.on_failure == "continue") as metrics:
         try:
             train(run, metrics)
+            keeping.finish(run)
         except Preempted as reason:
             keeping.leave(run, metrics, reason)
         if config.checkpoint.save_hf:

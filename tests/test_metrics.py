@@ -206,9 +206,12 @@ def test_new_run_does_not_inherit_checkpoints(tmp_path: Path) -> None:
 
 def test_new_run_does_not_mix_its_traces_with_an_earlier_runs(tmp_path: Path) -> None:
     (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "trace.json").touch()
+    (tmp_path / "checkpoints").mkdir()  # empty: a disk mounted for this run, say
     with open_writer(tmp_path) as writer:
         train(writer, range(0, 1))
     assert not (tmp_path / "profile").exists() and (tmp_path / "profile.old-1").is_dir()
+    assert (tmp_path / "checkpoints").is_dir() and not (tmp_path / "checkpoints.old-1").exists()
 
 
 def test_other_ranks_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from megatron_antisd.checkpoint.contents import describe_trainer, generator_tens
 from megatron_antisd.checkpoint.generators import generator_states
 from megatron_antisd.checkpoint.retention import superseded
 from megatron_antisd.checkpoint.snapshot import HostCopies
+from megatron_antisd.checkpoint.tensor_files import TensorFileWriter
 from megatron_antisd.config import dump_config
 from megatron_antisd.durable import file_sha256, sync, write_json
 from megatron_antisd.models.huggingface import copy_model_files
@@ -45,6 +46,7 @@ from megatron_antisd.parallel.stored_weights import failures
 from megatron_antisd.parallel.trainer import Trainer
 
 log = logging.getLogger(__name__)
+TENSORS = "tensors"
 T = TypeVar("T")
 
 
@@ -132,7 +134,7 @@ class CheckpointWriter:
         except Exception as error:  # a rank that died (RuntimeError of the group), a fault of ours: `wait` must tell it in any case
             self._failure = CheckpointError(f"could not write the checkpoint of step {job.step}: {type(error).__name__}: {error}")
             self._failure.__cause__ = error
-        if self._failure is not None:
+        if self._layout.is_main and self._failure is not None:
             log.error("%s", self._failure)
         elif self._layout.is_main:
             log.info("checkpoint of step %d: written in %.1f s", job.step, time.monotonic() - started)
@@ -142,8 +144,8 @@ class CheckpointWriter:
         partial = target.with_name(target.name + UNFINISHED)
         self._together(lambda: _prepare(self.directory, partial) if self._layout.is_main else None, partial)
         try:
-            self._save_tensors(job, partial / "tensors")
-            mine = self._together(lambda: _my_files(partial, self._layout.rank), partial)
+            writer = self._save_tensors(job, partial / TENSORS)
+            mine = self._together(lambda: {f"{TENSORS}/{name}": entry for name, entry in writer.written.items()}, partial)
             files = {name: entry for part in mine for name, entry in part.items()}
             self._together(lambda: self._commit(job, partial, target, files) if self._layout.is_main else None, partial)
         except CheckpointError:
@@ -151,12 +153,13 @@ class CheckpointWriter:
                 shutil.rmtree(partial, ignore_errors=True)  # room for the next attempt; what cannot be removed now is removed then
             raise
 
-    def _save_tensors(self, job: _Job, directory: Path) -> None:
+    def _save_tensors(self, job: _Job, directory: Path) -> TensorFileWriter:
+        writer = TensorFileWriter(directory)
         try:
-            dcp.save(dict(job.tensors), storage_writer=dcp.FileSystemWriter(directory), planner=SavePlanner(flatten_state_dict=False),
-                     process_group=self._group)
+            dcp.save(dict(job.tensors), storage_writer=writer, planner=SavePlanner(flatten_state_dict=False), process_group=self._group)
         except CheckpointException as error:
             raise CheckpointError(_cannot_write(directory.parent, failures(error))) from error
+        return writer
 
     def _together(self, action: Callable[[], T], partial: Path) -> list[T]:
         """`action` on every rank, all results on every rank; where one fails, CheckpointError on all."""
@@ -176,7 +179,7 @@ class CheckpointWriter:
         write_json(partial / STATE, job.state)
         (partial / RUN_CONFIG).write_text(dump_config(self._trainer.config))
         copied = copy_model_files(Path(self._trainer.config.model.path), partial)
-        for file in (partial / STATE, partial / RUN_CONFIG, *copied):
+        for file in (partial / STATE, partial / RUN_CONFIG, partial / TENSORS / ".metadata", *copied):
             sync(file)
             files[str(file.relative_to(partial))] = (file.stat().st_size, file_sha256(file))
         unseen = [name for name, (size, _) in files.items() if not (partial / name).is_file() or (partial / name).stat().st_size != size]
@@ -184,7 +187,7 @@ class CheckpointWriter:
             raise CheckpointError(f"rank 0 does not see {unseen[:3]} as another rank wrote them: checkpoints must go to a file system that all nodes "
                                   "share (run.directory)")
         write_manifest(partial, job.manifest, {name: size for name, (size, _) in files.items()}, {name: sha for name, (_, sha) in files.items()})
-        for folder in (partial / "tensors", partial):
+        for folder in (partial / TENSORS, partial):
             sync(folder)
         if target.exists():
             _remove(target)
@@ -204,12 +207,6 @@ def _prepare(directory: Path, partial: Path) -> None:
         log.info("%s was left by a save that was interrupted; it is removed", leftover)
         shutil.rmtree(leftover)
     partial.mkdir()
-
-
-def _my_files(partial: Path, rank: int) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of what this rank wrote, read back; rank 0 has the index too."""
-    written = sorted((partial / "tensors").glob(f"__{rank}_*")) + ([partial / "tensors" / ".metadata"] if rank == 0 else [])
-    return {str(file.relative_to(partial)): (file.stat().st_size, file_sha256(file)) for file in written}
 
 
 def _remove(path: Path) -> None:

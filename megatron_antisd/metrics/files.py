@@ -142,7 +142,7 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def move_aside(directory: Path) -> None:
     """Rename an earlier run's files in `directory` to `<name>.old-<n>`, so that a new run starts with none. The samples of step 0 stay: they are
     of the weights that a run starts from, and taken only where those are the same."""
-    present = [directory / name for name in RUN_FILES if (directory / name).exists()]
+    present = [directory / name for name in RUN_FILES if _holds_something(directory / name)]
     if not present:
         return
     number = 1
@@ -154,3 +154,8 @@ def move_aside(directory: Path) -> None:
     if first.is_dir():
         shutil.copytree(first, directory / EVALUATIONS / STEP_0)
     _log.warning("%s held an earlier run's %s; moved to *.old-%d", directory, ", ".join(p.name for p in present), number)
+
+
+def _holds_something(path: Path) -> bool:
+    """An empty folder may be there beforehand, a mounted disk say, which could not be moved."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
