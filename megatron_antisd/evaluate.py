@@ -20,6 +20,7 @@ from megatron_antisd.evaluation.evaluator import agreed
 from megatron_antisd.evaluation.standalone import build_standalone
 from megatron_antisd.evaluation.statistics import pass_at_k
 from megatron_antisd.evaluation.store import StoreError, weights_name
+from megatron_antisd.keeping import pause
 from megatron_antisd.metrics import MetricsWriter
 from megatron_antisd.metrics.files import CONFIG
 from megatron_antisd.run import SETUP_ERRORS, Run, set_up_logging
@@ -37,11 +38,12 @@ def is_pending(run: Run, metrics: MetricsWriter, step: int) -> bool:
 
 
 def evaluate(run: Run, metrics: MetricsWriter, step: int) -> None:
-    """Evaluate a training run's present policy, the one after `step` updates. Collective."""
+    """Evaluate a training run's present policy, the one after `step` updates. Collective. Raises Preempted between two parts when the run is
+    asked to stop: the next start goes on with the part that comes then."""
     updates = run.progress.policy_version
     policy = f"{run.config.run.name}, {updates} updates" if updates else weights_name(Path(run.config.model.path))
     with run.supervisor.stage("evaluate", step):
-        run.evaluator.evaluate(metrics, step, policy)
+        run.evaluator.evaluate(metrics, step, policy, pause=lambda: pause(run))
 
 
 def main(arguments: Sequence[str]) -> None:

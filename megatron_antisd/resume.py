@@ -12,7 +12,8 @@ import yaml
 
 from megatron_antisd.config import ConfigError, dump_config
 from megatron_antisd.config.changes import check_changes
-from megatron_antisd.metrics import MetricsWriter
+from megatron_antisd.durable import write_whole
+from megatron_antisd.metrics import MetricsWriter, read_rows
 from megatron_antisd.metrics.files import CHECKPOINTS, CONFIG, METRICS, WANDB_ID
 from megatron_antisd.metrics.journal import read_journal
 from megatron_antisd.run import Run
@@ -100,7 +101,7 @@ def write_config(run: Run) -> None:
     if run.is_main:
         run.config.directory.mkdir(parents=True, exist_ok=True)
         clear_preempted(run.config.directory)
-        (run.config.directory / CONFIG).write_text(dump_config(run.config))
+        write_whole(run.config.directory / CONFIG, [dump_config(run.config).encode()])
 
 
 def _check_config(run: Run, newest: Path) -> list[str]:
@@ -115,16 +116,17 @@ def _check_config(run: Run, newest: Path) -> list[str]:
 
 
 def _restore_run_files(run: Run, state: dict[str, Any]) -> None:
-    """W&B's id where its file is gone; a word where metrics.jsonl lost rows that the checkpoint knew of."""
+    """W&B's id where its file is gone; a word where metrics.jsonl lost rows of steps that are done."""
     if not run.is_main:
         return
     wandb_file, metrics_file = run.config.directory / WANDB_ID, run.config.directory / METRICS
     if state.get("wandb_id") and not wandb_file.is_file():
         wandb_file.write_text(state["wandb_id"] + "\n")
-    size, known = metrics_file.stat().st_size if metrics_file.is_file() else 0, state.get("metrics_bytes") or 0
-    if size < known:
-        run.journal.write("metrics_lost", run.progress.step, f"{metrics_file} has {size} bytes and had {known} when the checkpoint was written: rows "
-                          "of steps before it are lost; training goes on without them")
+    rows = read_rows(metrics_file) if metrics_file.is_file() else []
+    missing = sorted(set(range(1, run.progress.step + 1)) - {row["step"] for row in rows if "reward_mean" in row})
+    if missing:
+        run.journal.write("metrics_lost", run.progress.step, f"{metrics_file} lacks the rows of {len(missing)} finished steps, the first of step "
+                          f"{missing[0]}: they are lost; training goes on without them")
 
 
 def _say(run: Run, text: str) -> None:

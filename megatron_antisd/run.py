@@ -107,7 +107,7 @@ class Run:
         """All training state outside model, optimizer and random generators; plain JSON. What is known of files is the main rank's."""
         return {"progress": vars(self.progress), "gate": self.gate.state_dict(), "sampler": self.sampler.state_dict(),
                 "health": self.health.state_dict(), "method": self.config.algorithm.method,
-                "metrics_bytes": metrics and metrics.position, "wandb_id": metrics and metrics.wandb_id}
+                "wandb_id": metrics and metrics.wandb_id}
 
     def load_state_dict(self, state: Mapping[str, Any], *, rolled_back: bool = False) -> None:
         """Continue where `state_dict` was taken, but for the data position, which the caller restores or, for a rollback, leaves."""
@@ -138,10 +138,11 @@ class Run:
             self.supervisor.__exit__(kind, error, trace)
         finally:
             self._free()
+        if kind is None:  # else the process ends by its exception, and torchrun's SIGTERM must not cut off its exit code and last words
+            preemption.uninstall()
 
     def _free(self) -> None:
         self.supervisor.close()
-        preemption.uninstall()
         self.grader.close()
         self.engine.close()
         if self.lock is not None:

@@ -45,14 +45,15 @@ class Evaluator:
     directory: Path
     is_main: bool
 
-    def evaluate(self, metrics: MetricsWriter, step: int, policy: str) -> None:
+    def evaluate(self, metrics: MetricsWriter, step: int, policy: str, pause: Callable[[], None] | None = None) -> None:
         """Sample, grade, store and log. Collective. `policy` names the weights: samples of other weights are never taken for theirs.
-        An evaluation that was interrupted goes on where its stored samples end. A truncated response counts as graded."""
+        An evaluation that was interrupted goes on where its stored samples end. A truncated response counts as graded. `pause` is called, on
+        all ranks, before each part; what it raises interrupts the evaluation."""
         values: dict[str, float] = {}
         shown: list[dict[str, Any]] = []
         for benchmark in self.config.evaluation.benchmarks:
             store = self._store(benchmark, step, policy)
-            failures = self._complete(benchmark, store)
+            failures = self._complete(benchmark, store, pause)
             if store is not None:
                 problems = self.benchmarks[benchmark.name]
                 values |= summarise(benchmark.name, [[graded_sample(row) for row in store.rows(p.id)] for p in problems])
@@ -73,13 +74,15 @@ class Evaluator:
             "grader": self.config.grading.function or "built-in", "engine": self.config.rollout.engine, "dtype": self.config.model.dtype}
         return SampleStore(store_path(self.directory, step, benchmark.name), header)
 
-    def _complete(self, benchmark: BenchmarkConfig, store: SampleStore | None) -> dict[str, int]:
+    def _complete(self, benchmark: BenchmarkConfig, store: SampleStore | None, pause: Callable[[], None] | None) -> dict[str, int]:
         """Sample and grade the problems that are not stored yet, a part at a time. How often the grader failed on them, scoring 0."""
         failures = {"grader_timeouts": 0, "grader_crashes": 0}
         problems = self.benchmarks[benchmark.name]
         missing = agreed(None if store is None else [i for i, p in enumerate(problems) if not store.complete(p.id)])
         at_once = max(1, self.config.evaluation.samples_at_once // benchmark.samples)
         for start in range(0, len(missing), at_once):
+            if pause is not None:
+                pause()
             part = [problems[i] for i in missing[start : start + at_once]]
             with EarlyGrading(self.grader, part, benchmark.samples, self.decode) as grading:
                 groups = generate_groups(

@@ -78,12 +78,6 @@ class MetricsWriter:
         self._console = ConsoleLog(run_name, total_steps, self._last_step, show_bar=config.progress)
 
     @property
-    def position(self) -> int | None:
-        """Bytes of metrics.jsonl; None on ranks that do not write."""
-        path = self._directory / METRICS if self._is_writer else None
-        return path.stat().st_size if path is not None and path.is_file() else None
-
-    @property
     def wandb_id(self) -> str | None:
         return self._wandb.id if self._is_writer and self._wandb is not None else None
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_antisd.durable import sync
 from megatron_antisd.models import transformer_engine
 from megatron_antisd.models.build import ModelDescription, PolicyModel
 from megatron_antisd.models.huggingface import HuggingfaceCheckpoint, copy_model_files, shard_name, write_index
@@ -182,13 +183,15 @@ class WeightStream:
 def save_huggingface(stream: Iterable[tuple[str, torch.Tensor]], source: str | Path, directory: Path, *, write: bool,
                      shard_bytes: int = 4 << 30) -> None:
     """Drain a weight stream into `directory`: sharded safetensors with index, and `source`'s config and tokenizer files.
-    Written beside the target and renamed at the end. Collective through the stream; only the rank with `write` touches the disk."""
+    Written beside the target and renamed at the end, so that `directory` is whole or absent wherever the process dies. Collective through the
+    stream; only the rank with `write` touches the disk."""
     if not write:
         for _ in stream:
             pass
         return
-    work = directory.with_name(directory.name + ".incomplete")
-    shutil.rmtree(work, ignore_errors=True)
+    work, old = (directory.with_name(directory.name + ending) for ending in (".incomplete", ".old.incomplete"))
+    for path in (work, old):
+        shutil.rmtree(path, ignore_errors=True)
     work.mkdir(parents=True)
     shard: dict[str, torch.Tensor] = {}
     files: list[list[str]] = []
@@ -205,9 +208,13 @@ def save_huggingface(stream: Iterable[tuple[str, torch.Tensor]], source: str | P
         (work / f"shard-{number}").rename(work / name)
     write_index(work, named, total)
     copy_model_files(Path(source), work)
+    for path in (*work.iterdir(), work):
+        sync(path)
     if directory.exists():
-        shutil.rmtree(directory)
+        directory.rename(old)
     work.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_shard(work: Path, number: int, shard: dict[str, torch.Tensor]) -> list[str]:
