@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_antisd.config import ParallelConfig
+from megatron_antisd.parallel.lives import store_of_this_life
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,11 @@ def start_process_group(timeout_seconds: int) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=timeout_seconds)
+    store = store_of_this_life(timeout)
+    given = {} if store is None else {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
     # gloo beside NCCL: token ids and objects travel through host memory.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **given)
 
 
 def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:

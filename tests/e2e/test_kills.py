@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from calm import EVALUATED_EVERY, KEPT, STEPS, assert_same_run, make_config
 from e2e.killing import ALL, EVERY_RANK, LATE, MAIN_RANK, Kill, kills_file, make_plan, most_steps, write_plan
-from tiny_world import World, launch, train
+from started import started
+from tiny_world import World, train
 
 from megatron_antisd.metrics.journal import read_journal
 
@@ -22,9 +23,11 @@ SEED = 1
 def run_and_kill(directory: Path, plan: list[Kill], config: Path, timeout: float) -> list[dict[str, Any]]:
     """What was killed, after a run that ended well all the same. A kill that did not come is an error of the plan."""
     plan_file = write_plan(directory.with_suffix(".plan.json"), directory, plan)
-    done = launch(2, "--max-restarts", str(len(plan) + 5), KILLING, plan_file, config, timeout=timeout)
+    arguments = ("--standalone", "--nproc-per-node", "2", "--max-restarts", str(len(plan)), str(KILLING), str(plan_file), str(config))
+    with started(directory.with_suffix(".output"), *arguments) as run:
+        run.process.wait(timeout)
     kills = [json.loads(line) for line in kills_file(plan_file).read_text().splitlines()]
-    assert done.returncode == 0, f"{kills}\n{done.stdout[-6000:]}"
+    assert run.process.returncode == 0, f"{kills}\n{run.output[-6000:]}"
     assert [(kill["life"], kill["place"]) for kill in kills] == [(life, kill.place) for life, kill in enumerate(plan)]
     assert_resumed(directory, kills)
     return kills
