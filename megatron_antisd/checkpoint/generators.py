@@ -35,8 +35,13 @@ def set_generator_states(layout: ProcessLayout, states: dict[str, torch.Tensor])
 def derive_generators(seed: int, step: int) -> None:
     """Start every generator of this rank anew from (run.seed, step), as a run that is resumed on another layout does: there is no rank there whose
     state could be taken over. Megatron's streams differ between tensor- and expert-parallel ranks by offsets of its own, as at a run's start."""
+    seed_generators(derived_seed(seed, step))
+
+
+def derived_seed(seed: int, step: int) -> int:
+    """Below 2^31; another one at every step."""
     digest = hashlib.blake2b(f"{seed}/{step}/another layout".encode(), digest_size=4).digest()
-    seed_generators(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _python_state() -> torch.Tensor:

@@ -84,6 +84,35 @@ def _break_steps(module: Any) -> None:
     module.guarded_update = broken_update
 
 
+def gradient_spikes(update: str) -> None:
+    """The gradient of this update of the process is ten thousand times as large."""
+    from megatron_antisd.compat import megatron_cpu
+
+    install = megatron_cpu.install
+
+    def install_and_spike() -> None:
+        install()
+        import megatron_antisd.parallel.trainer as module
+
+        count, guarded, initialise = {"update": 0}, module.guarded_update, module.Trainer.__init__
+
+        def remember(self: Any, *arguments: Any, **options: Any) -> None:
+            initialise(self, *arguments, **options)
+            spiking.trainer = self
+
+        def spiking(optimizer: Any, *arguments: Any, **options: Any) -> Any:
+            count["update"] += 1
+            if count["update"] == int(update):
+                for chunk in spiking.trainer.ddp:
+                    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+                        buffer.grad_data.mul_(1e4)
+            return guarded(optimizer, *arguments, **options)
+
+        module.Trainer.__init__, module.guarded_update = remember, spiking
+
+    megatron_cpu.install = install_and_spike
+
+
 def engine_dies(step: str) -> None:
     """vLLM fails on the last rank when it generates for this step."""
     from megatron_antisd.rollout.vllm_engine import VllmEngine

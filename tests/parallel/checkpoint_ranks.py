@@ -2,7 +2,8 @@
 
 Usage: checkpoint_ranks.py MODEL CHECKPOINTS OUTPUT FIRST LAST OTHER_MODEL [key=value ...]
 
-FIRST 0 starts anew and saves after every step, in the background, keeping three. Another FIRST resumes from that step's checkpoint. With an
+FIRST 0 starts anew and saves after every step, in the background, keeping three and even
+ones. Another FIRST resumes from that step's checkpoint. With an
 OTHER_MODEL ("-" for none) a trainer of that model must refuse the checkpoint and stay as it was.
 """
 
@@ -25,7 +26,7 @@ from megatron_antisd.parallel.layout import build_layout, start_process_group
 
 def main() -> None:
     model, directory, output, first, last, other, *overrides = sys.argv[1:]
-    config = configuration(model, [*overrides, "checkpoint.keep=3"])
+    config = configuration(model, [*overrides, "checkpoint.keep=3", "checkpoint.keep_every=2"])
     start_process_group(config.parallel.timeout_seconds)
     megatron_cpu.install()
     from megatron_antisd.checkpoint import CheckpointWriter, load_checkpoint

@@ -16,7 +16,7 @@ from megatron_antisd.convert.to_huggingface import convert_to_huggingface
 from megatron_antisd.models.weight_map import Geometry, Layout, merge, split
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
-STEPS, SAVED = 4, 2
+STEPS, SAVED = 7, 2
 CROSS_LOSS = 1e-5  # another order of sums in fp32
 
 LAYOUTS = {
@@ -91,14 +91,15 @@ def test_only_the_newest_are_kept_and_only_whole_ones_are_found(runs: Runs, tmp_
 
     directory = tmp_path / "copy"
     shutil.copytree(runs.whole("tp2-ep2")[0], directory)
-    assert sorted(path.name for path in directory.iterdir()) == ["step_000002", "step_000003", "step_000004"]
-    assert latest_checkpoint(directory) == directory / "step_000004"
-    data = next((directory / "step_000004" / "tensors").glob("*.distcp"))
+    assert sorted(path.name for path in directory.iterdir()) == ["step_000002", "step_000004", "step_000005", "step_000006", "step_000007"]
+    assert latest_checkpoint(directory) == directory / "step_000007"
+    data = next((directory / "step_000007" / "tensors").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
-    assert latest_checkpoint(directory) == directory / "step_000003"
-    (directory / "step_000003" / "manifest.json").unlink()
-    assert latest_checkpoint(directory) == directory / "step_000002"
-    (directory / "step_000002" / "state.json").unlink()
+    assert latest_checkpoint(directory) == directory / "step_000006"
+    (directory / "step_000006" / "manifest.json").unlink()
+    assert latest_checkpoint(directory) == directory / "step_000005"
+    for step in (2, 4, 5):
+        (directory / f"step_{step:06d}" / "state.json").unlink()
     assert latest_checkpoint(directory) is None
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
@@ -151,12 +152,17 @@ def test_a_bf16_runs_checkpoint_becomes_what_the_trainer_exports(runs: Runs, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved_on", "loaded_on", "kind"), [
     ("tp2-ep2", "one", "moe"), ("one", "ep2", "moe"), ("tp2-ep2", "pp2-plain", "moe"), ("dp2", "tp2-etp2", "moe"), ("pp2", "dp2", "dense"),
-    ("pp2-vpp2", "cp2", "moe"), ("cp2", "pp2-vpp2", "dense")])
+    ("pp2-vpp2", "cp2", "moe"), ("cp2", "pp2-vpp2", "dense"), ("tp2-etp2", "tp2-ep2", "moe"), ("ep2", "one", "moe")])
 def test_resume_on_another_layout(runs: Runs, saved_on: str, loaded_on: str, kind: str) -> None:
+    from megatron_antisd.checkpoint.generators import derived_seed
+
     directory, whole = runs.whole(saved_on, kind)
     resumed = runs.resumed(loaded_on, directory, kind)
     for name, tensor in whole[f"weights-{SAVED}"].items():
         assert torch.equal(resumed["loaded"][name], tensor), name
+    torch.manual_seed(derived_seed(0, SAVED))
+    assert {drawn[0][0] for _, drawn in resumed["everyone"]} == {float(torch.rand(()))}, "the generators of another layout's ranks"
+    assert len(resumed["steps"]) == 5
     for mine, theirs in zip(resumed["steps"], whole["steps"][SAVED:], strict=True):
         assert mine == pytest.approx(theirs, abs=CROSS_LOSS, rel=1e-4)
     for name, tensor in whole["final"].items():
