@@ -80,7 +80,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     """Linear learning-rate warm-up, then constant."""
     max_skipped_in_a_row: int = Field(3, ge=1)
-    """Updates with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
+    """Updates that are not finite, or refused by `health`, are left out; after this many in a row the run stops."""
 
 
 class TrainerConfig(Section):
