@@ -152,7 +152,9 @@ def move_aside(directory: Path) -> None:
         path.rename(path.with_name(f"{path.name}.old-{number}"))
     first = directory / f"{EVALUATIONS}.old-{number}" / STEP_0
     if first.is_dir():
-        shutil.copytree(first, directory / EVALUATIONS / STEP_0)
+        partial = directory / EVALUATIONS / f".{STEP_0}"  # a process that is killed here must not leave a half of it
+        shutil.copytree(first, partial)
+        partial.rename(directory / EVALUATIONS / STEP_0)
     _log.warning("%s held an earlier run's %s; moved to *.old-%d", directory, ", ".join(p.name for p in present), number)
 
 
