@@ -29,7 +29,9 @@ def make_config(world: World, directory: Path, **sections: dict[str, Any]) -> Pa
 
 
 def files_below(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    """Without the index of a checkpoint's tensors, which holds a random number of the save."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != ".metadata"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def assert_same_run(directory: Path, undisturbed: Path, *, step: int = STEPS) -> None:

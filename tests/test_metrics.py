@@ -17,6 +17,7 @@ import pytest
 
 from megatron_antisd.config import ConfigError, LoggingConfig
 from megatron_antisd.metrics import STAGES, STEP_KEYS, MetricsError, MetricsWriter, StageTimer, read_metrics, read_rows
+from megatron_antisd.metrics.journal import Journal, read_journal
 
 QUIET = LoggingConfig(tensorboard=False, progress=False)
 STEPS = 6
@@ -315,3 +316,13 @@ def test_a_stage_inside_a_stage_would_count_twice() -> None:
     with timer("sync"):
         pass  # the refusal left nothing open
     assert timer.seconds()["seconds_sync"] is not None
+
+
+def test_a_journal_line_cut_off_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
+    Journal(tmp_path, is_writer=True).write("resumed", 1, "whole")
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(b'{"time": "2026-01-01T00:00:00+00:00", "ste')
+    Journal(tmp_path, is_writer=False)  # another rank's: no business of its
+    assert not (tmp_path / "journal.jsonl").read_bytes().endswith(b"\n")
+    Journal(tmp_path, is_writer=True).write("resumed", 2, "the next")
+    assert [(row["step"], row["message"]) for row in read_journal(tmp_path)] == [(1, "whole"), (2, "the next")]
