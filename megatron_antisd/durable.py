@@ -24,11 +24,11 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
 def append_whole(path: Path, data: bytes) -> None:
     """Append; when this returns, it survives a crash. Where it fails (a full disk), the file is cut back to what it was and OSError raised."""
     new = not path.is_file()
-    with path.open("ab") as file:
-        size = file.tell()
+    with path.open("ab", buffering=0) as file:  # a buffer would write the rest when it is closed, behind the cut
+        size, left = file.tell(), memoryview(data)
         try:
-            file.write(data)
-            file.flush()
+            while left:
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
         except OSError:
             os.ftruncate(file.fileno(), size)

@@ -41,7 +41,8 @@ def evaluate(run: Run, metrics: MetricsWriter, step: int) -> None:
     """Evaluate a training run's present policy, the one after `step` updates. Collective. Raises Preempted between two parts when the run is
     asked to stop: the next start goes on with the part that comes then."""
     updates = run.progress.policy_version
-    policy = f"{run.config.run.name}, {updates} updates" if updates else weights_name(Path(run.config.model.path))
+    # Samples of step 0 outlive a run that is begun anew: they are named by what the weights are.
+    policy = f"{run.config.run.name}, {updates} updates" if step else weights_name(run.origin or Path(run.config.model.path))
     with run.supervisor.stage("evaluate", step):
         run.evaluator.evaluate(metrics, step, policy, pause=lambda: pause(run))
 

@@ -46,7 +46,8 @@ def save(run: Run, metrics: MetricsWriter) -> None:
     `checkpoint.on_failure` is `stop`."""
     settings, step = run.config.checkpoint, run.progress.step
     run.mark(metrics)
-    if settings.every and (step % settings.every == 0 or step == run.config.run.steps):
+    last = step == run.config.run.steps and (settings.every or run.writer.committed)  # one of a preemption must not stay the newest
+    if last or (settings.every and step % settings.every == 0):
         with run.supervisor.stage("save", step):
             _write_checkpoint(run, metrics, wait=False)
 
@@ -62,7 +63,6 @@ def _write_checkpoint(run: Run, metrics: MetricsWriter, *, wait: bool) -> None:
     scores = {step: row[key] for step, row in metrics.evaluations.items() if row.get(key) is not None}
     _try(run, run.writer.wait)  # a failure of the one before must not take this one's place
     _try(run, lambda: run.writer.save(run.boundary.step, run.boundary.state, generators=run.boundary.generators, scores=scores, wait=wait))
-    run.boundary.saved = run.boundary.step
 
 
 def _try(run: Run, action: Callable[[], None]) -> None:
@@ -103,13 +103,14 @@ def leave(run: Run, metrics: MetricsWriter, reason: Preempted) -> None:
 
     with run.supervisor.stage("save", run.boundary.step):
         _try(run, run.writer.wait)
-        if run.boundary.step > run.boundary.saved:
+        if run.boundary.step > run.writer.committed:
             _write_checkpoint(run, metrics, wait=True)
-    run.journal.write("preempted", run.boundary.step, f"{reason}; the same command goes on from there")
+    saved = run.writer.committed
+    whence = f"behind step {saved}" if saved else "from the start"
+    run.journal.write("preempted", run.boundary.step, f"{reason}; the same command goes on {whence}")
     metrics.close()
     run.close()
-    step = run.boundary.saved
-    leave_preempted(run.config.directory, run.boundary.step, step_directory(run.writer.directory, step) if step else None)
+    leave_preempted(run.config.directory, run.boundary.step, step_directory(run.writer.directory, saved) if saved else None)
 
 
 # -- incidents ------------------------------------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ def act_on_incidents(run: Run, metrics: MetricsWriter, groups: Sequence[RolloutG
         with run.supervisor.stage("setup", step):
             _try(run, run.writer.wait)
             roll_back(run, metrics)
+            _write_checkpoint(run, metrics, wait=True)  # whoever resumes before the next one must not meet the same problems again
     return action == "rollback"
 
 

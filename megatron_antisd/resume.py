@@ -44,7 +44,9 @@ def _load_state(run: Run) -> Run:
 
     settings, checksums = run.config.checkpoint, run.config.checkpoint.verify == "checksums"
     own = run.config.directory / CHECKPOINTS
-    newest = newest_whole(own, run.trainer.layout, checksums=checksums) if settings.resume else None
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    # A launcher that starts the ranks again does not mean a new run, whatever its first start meant.
+    newest = newest_whole(own, run.trainer.layout, checksums=checksums) if settings.resume or restarts else None
     if newest is not None:
         changes = _check_config(run, newest)
         state = load_checkpoint(newest, run.trainer)
@@ -53,13 +55,12 @@ def _load_state(run: Run) -> Run:
                               f"another run.name, with checkpoint.continual_from={run.config.directory} to start from its policy")
         run.load_state_dict(state)
         run.sampler.load_state_dict(state["sampler"])
-        _restore_run_files(run, state)
+        on_main(run.trainer.layout, lambda: _restore_run_files(run, state))
         made = on_main(run.trainer.layout, lambda: sum(row["kind"] == "rollback" for row in read_journal(run.config.directory)))
         run.health.rollbacks = max(run.health.rollbacks, made)  # a checkpoint does not know of those after it
         _say(run, f"resumed from {newest}" + (f"; changed since: {'; '.join(changes)}" if changes else ""))
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         run.journal.write("resumed", run.progress.step, f"resumed from {newest.name}" + (f", restart {restarts} of the launcher" if restarts else ""))
-        run.boundary.saved = run.progress.step
+        run.writer.committed = run.progress.step
         return dataclasses.replace(run, first_step=run.progress.step + 1, resumed=True)
     if settings.continual_from is not None:
         given = Path(settings.continual_from)
@@ -74,6 +75,7 @@ def _load_state(run: Run) -> Run:
         run.sampler.load_state_dict(state["sampler"])
         run.progress.policy_version = state["progress"]["policy_version"]
         _say(run, f"continuing from {source}: weights, optimizer and data position kept, the gate is calibrated anew")
+        return dataclasses.replace(run, origin=source)
     return run
 
 
@@ -85,13 +87,13 @@ def roll_back(run: Run, metrics: MetricsWriter) -> None:
     failed_step = run.progress.step
     newest = newest_whole(run.config.directory / CHECKPOINTS, run.trainer.layout, checksums=run.config.checkpoint.verify == "checksums")
     if newest is None:
-        raise ConfigError("there is no checkpoint to roll back to: set checkpoint.every")
+        raise ConfigError("there is no checkpoint to roll back to: none was written yet (checkpoint.every)")
     state = load_checkpoint(newest, run.trainer)
     run.load_state_dict(state, rolled_back=True)
     metrics.rewind(run.progress.step + 1)
     run.sync()
     run.mark()
-    run.boundary.saved = run.progress.step
+    run.writer.committed = 0  # with the data position that it has now, it is another checkpoint
     run.journal.write("rollback", failed_step, f"rolled back to {newest.name}; the problems of steps {run.progress.step + 1} to {failed_step} are "
                       "passed over")
 
@@ -117,8 +119,6 @@ def _check_config(run: Run, newest: Path) -> list[str]:
 
 def _restore_run_files(run: Run, state: dict[str, Any]) -> None:
     """W&B's id where its file is gone; a word where metrics.jsonl lost rows of steps that are done."""
-    if not run.is_main:
-        return
     wandb_file, metrics_file = run.config.directory / WANDB_ID, run.config.directory / METRICS
     if state.get("wandb_id") and not wandb_file.is_file():
         wandb_file.write_text(state["wandb_id"] + "\n")

@@ -81,6 +81,8 @@ class Run:
     first_step: int = 1
     """The first step that this process trains."""
     resumed: bool = False
+    origin: Path | None = None
+    """The checkpoint that a continual run began with."""
     boundary: Boundary = field(default_factory=lambda: Boundary())
     incidents: list[Incident] = field(default_factory=list)
     """What was found in the present step, until it is acted upon."""
@@ -142,6 +144,7 @@ class Run:
             preemption.uninstall()
 
     def _free(self) -> None:
+        self.journal.close()
         self.supervisor.close()
         self.grader.close()
         self.engine.close()
@@ -154,8 +157,6 @@ class Boundary:
     """The state between the last two steps."""
 
     step: int = 0
-    saved: int = 0
-    """The step of the newest checkpoint of this run."""
     state: dict[str, Any] = field(default_factory=dict)
     generators: dict[str, torch.Tensor] = field(default_factory=dict)
 

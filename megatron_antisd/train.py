@@ -78,7 +78,8 @@ def main(arguments: Sequence[str]) -> None:
         except Preempted as reason:
             keeping.leave(run, metrics, reason)
         if config.checkpoint.save_hf:
-            run.save_huggingface(config.directory / "hf")
+            with run.supervisor.stage("save"):
+                run.save_huggingface(config.directory / "hf")
     dist.barrier()
     dist.destroy_process_group()
 

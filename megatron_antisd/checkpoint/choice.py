@@ -69,8 +69,9 @@ def verify(path: Path, layout: ProcessLayout, *, checksums: bool) -> dict[str, A
 def _verify_content(path: Path, manifest: dict[str, Any], layout: ProcessLayout) -> None:
     if "sha256" not in manifest and layout.is_main:
         log.warning("%s is of format %s, without checksums: only the sizes of its files were looked at", path, manifest["format"])
-    largest_first = sorted(manifest.get("sha256", {}), key=lambda name: (-manifest["files"][name], name))
-    fault = content_fault(path, largest_first[layout.rank :: layout.world_size])
+    digests = manifest.get("sha256", {})
+    largest_first = sorted(digests, key=lambda name: (-manifest["files"][name], name))
+    fault = content_fault(path, {name: digests[name] for name in largest_first[layout.rank :: layout.world_size]})
     everyone: list[str | None] = [None] * layout.world_size
     dist.all_gather_object(everyone, fault)
     found = [fault for fault in everyone if fault is not None]

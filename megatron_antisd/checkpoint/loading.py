@@ -12,7 +12,8 @@ from megatron_antisd.checkpoint.contents import describe_layout, generator_tenso
 from megatron_antisd.checkpoint.generators import derive_generators, generator_states, set_generator_states
 from megatron_antisd.parallel.checkpoint_files import STATE, WEIGHTS_ONLY, CheckpointError, read_json, read_manifest
 from megatron_antisd.parallel.global_tensors import GlobalTensor
-from megatron_antisd.parallel.optimizer_state import MOMENTS, optimizer_slices
+from megatron_antisd.parallel.offload import OffloadedAdamW
+from megatron_antisd.parallel.optimizer_state import MOMENTS, OptimizerSlice, optimizer_slices
 from megatron_antisd.parallel.stored_weights import load_weights, on_main, read_tensors, shards
 from megatron_antisd.parallel.trainer import Trainer
 
@@ -36,7 +37,7 @@ def load_checkpoint(path: Path, trainer: Trainer, *, restore_rng: bool = True) -
     for shard in shards(trainer.chunks, trainer.description, layout):
         if (part := slices.get(shard.parameter)) is not None:
             main = part.main
-            moments[main] = {key: torch.zeros_like(main) for key in MOMENTS} if manifest["optimizer_step"] else {}
+            moments[main] = _moments(part) if manifest["optimizer_step"] else {}
             # An fp32 parameter is its own main weight and already loaded.
             own = main.untyped_storage().data_ptr() != shard.parameter.untyped_storage().data_ptr()
             tensors |= optimizer_tensors(shard, part, moments[main], main=own)
@@ -52,5 +53,13 @@ def load_checkpoint(path: Path, trainer: Trainer, *, restore_rng: bool = True) -
     elif restore_rng:
         derive_generators(trainer.config.run.seed, manifest["step"])
         if layout.is_main:
-            log.warning("%s was written on another layout: random number generators start anew from run.seed and the step", path)
+            log.warning("%s was written with other settings of `parallel`: random number generators start anew from run.seed and the step", path)
     return on_main(layout, lambda: read_json(path / STATE))
+
+
+def _moments(part: OptimizerSlice) -> dict[str, torch.Tensor]:
+    """Memory to read both moments into: what is there already, in a rollback; in host memory where they live there."""
+    if part.step():
+        return part.moments()
+    device = "cpu" if isinstance(part.inner, OffloadedAdamW) else part.main.device
+    return {key: torch.zeros_like(part.main, device=device) for key in MOMENTS}

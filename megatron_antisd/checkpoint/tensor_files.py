@@ -19,7 +19,8 @@ class TensorFileWriter(FileSystemWriter):
     shows as a difference."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
+        # Nothing to copy ahead of writing: tensors are in host memory, and torch's loader for GPUs would wait for kernels of training.
+        super().__init__(directory, per_thread_copy_ahead=0)
         self.fs = _WatchedFiles()
 
     @property

@@ -69,11 +69,13 @@ class CheckpointWriter:
         self.directory, self._trainer = directory, trainer
         self._settings = trainer.config.checkpoint
         self._layout = trainer.layout
-        # Its own group: these collectives run beside those of the step, in no fixed order with them.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=trainer.config.supervision.save_seconds))
+        self._group = self._new_group()
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._group_broke = False
+        self.committed = 0
+        """The step of this run's newest checkpoint, 0 where there is none; the same on every rank after `wait`. The caller sets it on a resume."""
 
     def save(self, step: int, state: Mapping[str, Any], *, generators: Mapping[str, torch.Tensor] | None = None,
              scores: Mapping[int, float] | None = None, wait: bool = False) -> None:
@@ -84,6 +86,7 @@ class CheckpointWriter:
         Raises CheckpointError, on every rank, when writing failed, be it this one or the one before; older checkpoints are then still there.
         """
         self.wait()
+        self._renew_group()
         background = self._settings.background and not wait
         tensors, optimizer_step = trainer_tensors(self._trainer)
         tensors |= generator_tensors(self._layout, dict(generators or generator_states(self._layout)))
@@ -123,15 +126,28 @@ class CheckpointWriter:
                 raise
             log.error("%s", failure)  # the run ends for another reason already
 
+    def _new_group(self) -> dist.ProcessGroup:
+        """Its own: these collectives run beside those of the step, in no fixed order with them."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self._trainer.config.supervision.save_seconds))
+
+    def _renew_group(self) -> None:
+        """A group in which a collective timed out is closed for good: no checkpoint would ever be written again."""
+        broke = torch.tensor([self._group_broke], dtype=torch.int32)
+        dist.all_reduce(broke, op=dist.ReduceOp.MAX)
+        if broke.item():
+            self._group, self._group_broke = self._new_group(), False
+
     # -- in the thread
 
     def _run(self, job: _Job) -> None:
         started = time.monotonic()
         try:
             self._write(job)
+            self.committed = job.step
         except CheckpointError as error:
             self._failure = error
-        except Exception as error:  # a rank that died (RuntimeError of the group), a fault of ours: `wait` must tell it in any case
+        except Exception as error:  # a time-out of the group, a fault of ours: `wait` must tell it in any case
+            self._group_broke = True
             self._failure = CheckpointError(f"could not write the checkpoint of step {job.step}: {type(error).__name__}: {error}")
             self._failure.__cause__ = error
         if self._layout.is_main and self._failure is not None:
@@ -176,9 +192,9 @@ class CheckpointWriter:
         return [result for result, _ in everyone]
 
     def _commit(self, job: _Job, partial: Path, target: Path, files: dict[str, tuple[int, str]]) -> None:
+        copied = copy_model_files(Path(self._trainer.config.model.path), partial)
         write_json(partial / STATE, job.state)
         (partial / RUN_CONFIG).write_text(dump_config(self._trainer.config))
-        copied = copy_model_files(Path(self._trainer.config.model.path), partial)
         for file in (partial / STATE, partial / RUN_CONFIG, partial / TENSORS / ".metadata", *copied):
             sync(file)
             files[str(file.relative_to(partial))] = (file.stat().st_size, file_sha256(file))
@@ -189,13 +205,13 @@ class CheckpointWriter:
         write_manifest(partial, job.manifest, {name: size for name, (size, _) in files.items()}, {name: sha for name, (_, sha) in files.items()})
         for folder in (partial / TENSORS, partial):
             sync(folder)
-        if target.exists():
-            _remove(target)
+        replaced = _put_aside(target) if target.exists() else None
         partial.rename(target)
         sync(self.directory)
         old = {step_of(path): path for path in checkpoints(self.directory)}
-        for step in superseded(list(old), job.step, job.scores, self._settings):
-            _remove(old[step])
+        gone = [_put_aside(old[step]) for step in superseded(list(old), job.step, job.scores, self._settings)]
+        for doomed in [*gone, *([replaced] if replaced is not None else [])]:
+            _delete(doomed)
 
 
 # -- files
@@ -205,15 +221,24 @@ def _prepare(directory: Path, partial: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"step_*{UNFINISHED}"):
         log.info("%s was left by a save that was interrupted; it is removed", leftover)
-        shutil.rmtree(leftover)
+        _delete(leftover)
     partial.mkdir()
 
 
-def _remove(path: Path) -> None:
-    """Takes the name away first: a half-deleted directory is never taken for a checkpoint."""
-    doomed = path.with_name(f"{path.name}.deleted{UNFINISHED}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+def _put_aside(path: Path) -> Path:
+    """Takes the name away: a half-deleted directory is never taken for a checkpoint."""
+    number = 0
+    while (doomed := path.with_name(f"{path.name}.deleted-{number}{UNFINISHED}")).exists():
+        number += 1
+    return path.rename(doomed)
+
+
+def _delete(path: Path) -> None:
+    """What somebody has open, or may not be touched, must not fail the checkpoint that is whole; the next save tries again."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("%s could not be deleted: %s", path, error)
 
 
 def _cannot_write(partial: Path, why: str) -> str:

@@ -72,7 +72,7 @@ class Evaluator:
             "prompts": {"template": self.config.data.prompt_template, "system": self.config.data.system_prompt,
                         "chat_template_kwargs": self.config.data.chat_template_kwargs},
             "grader": self.config.grading.function or "built-in", "engine": self.config.rollout.engine, "dtype": self.config.model.dtype}
-        return SampleStore(store_path(self.directory, step, benchmark.name), header)
+        return SampleStore(store_path(self.directory, step, benchmark.name), header, patient=self.config.checkpoint.on_failure == "continue")
 
     def _complete(self, benchmark: BenchmarkConfig, store: SampleStore | None, pause: Callable[[], None] | None) -> dict[str, int]:
         """Sample and grade the problems that are not stored yet, a part at a time. How often the grader failed on them, scoring 0."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ class StoreError(ValueError):
 class SampleStore:
     """The samples of one benchmark at one step. `header` is what they must be of; for one rank alone."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, header: Mapping[str, Any], *, patient: bool = False) -> None:
+        """`patient`: where samples cannot be written (a full disk), they are kept for this process alone; otherwise OSError is raised."""
+        self.path, self._patient = path, patient
         self._header = json.loads(json.dumps(header))
         self._rows: dict[str, list[dict[str, Any]]] = {}
         if path.is_file():
@@ -49,7 +50,7 @@ class SampleStore:
         """Problem id -> its samples, all of them, in the order of their index."""
         for problem_id, samples in rows.items():
             self._check(problem_id, samples)
-        append_whole(self.path, b"".join(json_line(sample) for samples in rows.values() for sample in samples))
+        self._write(lambda: append_whole(self.path, b"".join(json_line(sample) for samples in rows.values() for sample in samples)))
         self._rows |= {problem_id: [dict(sample) for sample in samples] for problem_id, samples in rows.items()}
 
     def rows(self, problem_id: str) -> list[dict[str, Any]]:
@@ -80,7 +81,15 @@ class SampleStore:
             self._write_all()
 
     def _write_all(self) -> None:
-        write_samples(self.path, self._header, [sample for samples in self._rows.values() for sample in samples])
+        self._write(lambda: write_samples(self.path, self._header, [sample for samples in self._rows.values() for sample in samples]))
+
+    def _write(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self._patient:
+                raise
+            _log.error("%s could not be written: %s; the evaluation goes on", self.path, error)
 
 
 def write_samples(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -40,27 +40,27 @@ class JsonLines:
 
     def __init__(self, path: Path, *, patient: bool = False) -> None:
         self._path, self._patient = path, patient
-        self._kept = b""
+        self._kept: list[Mapping[str, Any]] = []
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        data = self._kept + b"".join(map(json_line, rows))
-        if not data:
+        rows = [*self._kept, *rows]
+        if not rows:
             return
         try:
-            append_whole(self._path, data)
+            append_whole(self._path, b"".join(map(json_line, rows)))
         except OSError as error:
             if not self._patient:
                 raise
-            _log.error("%s could not be written (%s): %d lines are kept in memory until it can", self._path, error, data.count(b"\n"))
-            self._kept = data
+            _log.error("%s could not be written (%s): %d lines are kept in memory until it can", self._path, error, len(rows))
+            self._kept = rows
             return
         if self._kept:
             _log.info("%s: the lines that were kept in memory are written", self._path)
-        self._kept = b""
+        self._kept = []
 
-    def forget_kept(self) -> None:
-        """What is not on disk yet is of steps that will run again."""
-        self._kept = b""
+    def forget(self, step: int) -> None:
+        """Of what is not on disk yet, `step` and what follows: they will run again."""
+        self._kept = [row for row in self._kept if row["step"] < step]
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:

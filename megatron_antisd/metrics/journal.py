@@ -38,6 +38,11 @@ def _cut_off_tail(path: Path) -> None:
     if data and not data.endswith(b"\n"):
         write_whole(path, [data[: data.rfind(b"\n") + 1]])
 
+    def close(self) -> None:
+        """The last attempt at what could not be written before."""
+        if self._is_writer:
+            self._lines.append([])
+
 
 def read_journal(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's journal, oldest first; none where there is no journal."""

@@ -88,7 +88,7 @@ class MetricsWriter:
 
     def _cut_back(self, step: int) -> None:
         for name in (METRICS, SAMPLES, TOKEN_U):
-            self._lines[name].forget_kept()
+            self._lines[name].forget(step)
             remove_from_step(self._directory / name, step)
         for name in (ROLLOUTS, EVALUATIONS):
             remove_steps(self._directory / name, step)
@@ -144,7 +144,8 @@ class MetricsWriter:
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Append decoded rollouts of an evaluation to samples.jsonl: SAMPLE_KEYS and whatever else is JSON."""
         if self._is_writer and samples:
-            remove_step(self._directory / SAMPLES, step)  # of an evaluation that was interrupted behind them
+            with self._forgiving(f"an interrupted evaluation's samples of step {step}"):
+                remove_step(self._directory / SAMPLES, step)
             self._lines[SAMPLES].append([_checked_row(step, row, SAMPLE_KEYS, SAMPLES) for row in samples])
 
     def log_rollouts(self, step: int, method: str, groups: Sequence[ScoredGroup], token_text: Callable[[int], str]) -> None:

@@ -23,7 +23,7 @@ from megatron_antisd.models.weight_map import Shape
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-CHECKPOINT_FILES = {"manifest.json", "state.json"}
+CHECKPOINT_FILES = {"manifest.json", "state.json", "run_config.yaml"}
 """Beside the model's files in a checkpoint of this project."""
 _MAX_HEADER = 100_000_000  # safetensors' own bound
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,15 @@ def size_fault(path: Path) -> str | None:
     return None
 
 
-def content_fault(path: Path, names: Iterable[str]) -> str | None:
-    """Which of the files `names` differs from what was written, by its SHA-256; None where none does. Reads them whole."""
-    digests = read_json(path / MANIFEST).get("sha256", {})
-    for name in names:
+def content_fault(path: Path, digests: Mapping[str, str]) -> str | None:
+    """Which file differs from what was written, by its SHA-256; None where none does. `digests`: of files below `path`, which are read whole."""
+    for name, expected in digests.items():
         try:
             found = file_sha256(path / name)
         except OSError as error:
             return f"{name} cannot be read ({type(error).__name__}: {error})"
-        if name in digests and found != digests[name]:
-            return f"{name} is not as it was written: its SHA-256 is {found[:12]}..., expected {digests[name][:12]}..."
+        if found != expected:
+            return f"{name} is not as it was written: its SHA-256 is {found[:12]}..., expected {expected[:12]}..."
     return None
 
 
