@@ -31,17 +31,17 @@ class Journal:
         _log.warning("step %d: %s", step, message)
         self._lines.append([{"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "kind": kind, "message": message, **values}])
 
+    def close(self) -> None:
+        """The last attempt at what could not be written before."""
+        if self._is_writer:
+            self._lines.append([])
+
 
 def _cut_off_tail(path: Path) -> None:
     """Drop a last line that a crash left without its newline: the next one would be glued to it, and neither could be read."""
     data = path.read_bytes() if path.is_file() else b""
     if data and not data.endswith(b"\n"):
         write_whole(path, [data[: data.rfind(b"\n") + 1]])
-
-    def close(self) -> None:
-        """The last attempt at what could not be written before."""
-        if self._is_writer:
-            self._lines.append([])
 
 
 def read_journal(directory: Path) -> list[dict[str, Any]]:
