@@ -26,6 +26,8 @@ _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",  # the model is a directory; nothing may be fetched
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # warnings about preloaded allocators and Triton, at every start, on every rank
+    # The CPU build's oneDNN keeps a compiled kernel, half a megabyte, for each number of tokens that a matrix was ever multiplied with: up to 1,024.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }
 _REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # external_launcher runs the engine in this very process
 # Variables vLLM's platform code rewrites for its own workers: torchrun's and every later child process's, really.
@@ -68,6 +70,7 @@ def install() -> None:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=2)
     _keep_default_process_group()
+    _let_go_of_reloaded_layers()
     if cpu:
         _prepack_experts_on_reload()
         _reduce_through_gloo()
@@ -87,6 +90,19 @@ def _keep_default_process_group() -> None:
         gc.collect()
 
     core.cleanup_dist_env_and_memory = cleanup
+
+
+def _let_go_of_reloaded_layers() -> None:
+    """A weight update puts the meta tensors that vLLM keeps of each layer, by weak reference to it, into the layer itself, with loaders that refer
+    to it; the layer is then held by its own entry, and an engine that is closed keeps its weights until the process ends. Copies go in instead."""
+    from vllm.model_executor.model_loader.reload import meta
+
+    restore = meta.restore_layer_refs
+
+    def restore_in_a_copy(tensor: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        return restore(meta.to_meta_tensor(tensor), layer)
+
+    meta.restore_layer_refs = restore_in_a_copy
 
 
 def forget_groups() -> None:

@@ -127,6 +127,10 @@ def test_one_process_without_a_launcher(single: dict[str, Any]) -> None:
     assert "does not divide the world of 1 ranks" in single["too_many"]
 
 
+def test_an_engine_whose_weights_were_updated_is_freed_when_it_is_closed(single: dict[str, Any]) -> None:
+    assert single["layers_left"] == []
+
+
 def test_bfloat16(single: dict[str, Any]) -> None:
     """Against the float32 model: measured 0.031 with weights of standard deviation 0.2; the reload of the same weights is exact."""
     assert 1e-4 < single["bfloat16"] < 0.1

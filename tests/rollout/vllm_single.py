@@ -24,6 +24,13 @@ def start(path: Path, dtype: Any, load_format: Any = "auto") -> VllmEngine:
                       load_format=load_format, policy_version=3)
 
 
+def layers_left() -> list[str]:
+    """Of engines that are closed."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    return [type(layer).__name__ for layer in LAYERWISE_INFO]
+
+
 def main(folder: Path) -> None:
     model = make_model("moe", 0)
     tensors = save(model, folder)
@@ -58,6 +65,7 @@ def main(folder: Path) -> None:
     engine.wake()
     engine.close()
     engine.close()
+    facts["layers_left"] = layers_left()
     facts["group_left"] = dist.is_initialized()
     engine = start(folder, "bfloat16")
     groups = generate_groups(engine, problems, prompts, step=0, **arguments)
