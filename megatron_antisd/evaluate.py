@@ -23,7 +23,9 @@ from megatron_antisd.evaluation.store import StoreError, weights_name
 from megatron_antisd.keeping import pause
 from megatron_antisd.metrics import MetricsWriter
 from megatron_antisd.metrics.files import CONFIG
-from megatron_antisd.run import SETUP_ERRORS, Run, set_up_logging
+from megatron_antisd.run import SETUP_ERRORS, Run, set_up_logging, start_supervisor
+from megatron_antisd.supervision import preemption
+from megatron_antisd.supervision.preemption import Preempted, leave_preempted
 
 __all__ = ["evaluate", "is_due", "is_pending", "main", "pass_at_k"]
 
@@ -59,17 +61,27 @@ def main(arguments: Sequence[str]) -> None:
         alone = build_standalone(config)
     except SETUP_ERRORS as error:
         sys.exit(f"configuration error: {error}")
-    with MetricsWriter(alone.evaluator.directory, config=config.logging, total_steps=max(config.run.steps, alone.step), resume_step=None,
-                       run_name=config.run.name, is_writer=alone.evaluator.is_main, evaluation_alone=True) as metrics:
+    supervisor = start_supervisor(config)
+    with supervisor, MetricsWriter(alone.evaluator.directory, config=config.logging, total_steps=max(config.run.steps, alone.step), resume_step=None,
+                                   run_name=config.run.name, is_writer=alone.evaluator.is_main, evaluation_alone=True) as metrics:
         if alone.evaluator.is_main:
             (alone.evaluator.directory / CONFIG).write_text(dump_config(config))
         try:
-            alone.evaluator.evaluate(metrics, alone.step, alone.policy)
+            with supervisor.stage("evaluate", alone.step):
+                alone.evaluator.evaluate(metrics, alone.step, alone.policy, pause=_stop_if_asked)
         except StoreError as error:
             sys.exit(f"error: {error}")
+        except Preempted:
+            supervisor.close()
+            leave_preempted(alone.evaluator.directory, alone.step, None)
     alone.close()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _stop_if_asked() -> None:
+    if preemption.agreed():
+        raise Preempted("asked to stop; the same command goes on behind the samples that are stored")
 
 
 if __name__ == "__main__":

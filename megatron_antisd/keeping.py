@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def supervised(run: Run, step: int, named_range: NamedRange | None) -> NamedRang
 
 
 def save(run: Run, metrics: MetricsWriter) -> None:
-    """A checkpoint, every `checkpoint.every` steps and at the last. Raises CheckpointError where one cannot be written and
+    """A checkpoint, every `checkpoint.every` steps and at the last. Raises TrainingStopped where one cannot be written and
     `checkpoint.on_failure` is `stop`."""
     settings, step = run.config.checkpoint, run.progress.step
     run.mark(metrics)
@@ -72,7 +73,7 @@ def _try(run: Run, action: Callable[[], None]) -> None:
         action()
     except CheckpointError as error:
         if run.config.checkpoint.on_failure == "stop":
-            raise
+            _stop(run, str(error))
         run.journal.write("checkpoint_failed", run.progress.step, str(error))
 
 
@@ -85,8 +86,8 @@ def _first_accuracy(run: Run) -> str:
 
 
 def pause(run: Run) -> None:
-    """Between stages where a step may still be dropped. Raises Preempted, on every rank, when any was asked to stop; CheckpointError when a
-    checkpoint failed in the background."""
+    """Between stages where a step may still be dropped. Raises Preempted, on every rank, when any was asked to stop; TrainingStopped when a
+    checkpoint failed in the background and `checkpoint.on_failure` is `stop`."""
     word = torch.tensor([preemption.requested(), run.writer.failed], dtype=torch.int32)
     dist.all_reduce(word, op=dist.ReduceOp.MAX)
     asked, failed = map(bool, word.tolist())
@@ -108,9 +109,12 @@ def leave(run: Run, metrics: MetricsWriter, reason: Preempted) -> None:
     saved = run.writer.committed
     whence = f"behind step {saved}" if saved else "from the start"
     run.journal.write("preempted", run.boundary.step, f"{reason}; the same command goes on {whence}")
-    metrics.close()
-    run.close()
-    leave_preempted(run.config.directory, run.boundary.step, step_directory(run.writer.directory, saved) if saved else None)
+    run.supervisor.close()
+    try:  # the exit code is settled first: freeing an engine and ending W&B may take longer than the scheduler waits
+        leave_preempted(run.config.directory, run.boundary.step, step_directory(run.writer.directory, saved) if saved else None)
+    finally:
+        metrics.close()
+        run.close()
 
 
 # -- incidents ------------------------------------------------------------------------------------------------------------
@@ -129,18 +133,24 @@ def act_on_incidents(run: Run, metrics: MetricsWriter, groups: Sequence[RolloutG
                           limit=incident.limit, rollouts=kept)
     action = strongest(incidents)
     if action == "stop":
-        raise TrainingStopped(f"{next(i.message for i in incidents if i.action == 'stop')}; the weights are those of update "
-                              f"{run.progress.policy_version}, checkpoints are in {run.writer.directory}, the step's rollouts in {kept}")
+        _stop(run, next(incident.message for incident in incidents if incident.action == "stop"))
     progress, limit = run.progress, run.config.optimizer.max_skipped_in_a_row
     if action == "skip" and progress.skipped_in_a_row >= limit:
-        raise TrainingStopped(f"{limit} updates in a row were left out (optimizer.max_skipped_in_a_row), the last one for: {incidents[-1].message}; "
-                              f"the weights are those of update {progress.policy_version}, checkpoints are in {run.writer.directory}")
+        _stop(run, f"{limit} updates in a row were left out (optimizer.max_skipped_in_a_row), the last one for: {incidents[-1].message}")
     if action == "rollback":
         with run.supervisor.stage("setup", step):
             _try(run, run.writer.wait)
             roll_back(run, metrics)
             _write_checkpoint(run, metrics, wait=True)  # whoever resumes before the next one must not meet the same problems again
     return action == "rollback"
+
+
+def _stop(run: Run, why: str) -> NoReturn:
+    """The same on every rank: it is no failure of a rank, and starting the ranks again would lead to the same."""
+    _try(run, run.writer.wait)
+    run.supervisor.close()
+    preemption.stop_launcher()
+    raise TrainingStopped(f"{why}; the weights are those of update {run.progress.policy_version}, checkpoints are in {run.writer.directory}")
 
 
 def _keep_rollouts(run: Run, groups: Sequence[RolloutGroup], step: int) -> str | None:

@@ -31,7 +31,7 @@ def build_policy(config: RunConfig, inputs: Inputs, problem: Problem, *, trainin
     from megatron_antisd.parallel.layout import build_layout
     from megatron_antisd.parallel.trainer import Trainer
 
-    layout = build_layout(config.parallel, config.run.seed)
+    layout = build_layout(config.parallel, config.run.seed, config.collective_seconds)
     trainer = Trainer(config, layout, describe(config.model.path, layout.tensor_size), training=training)
     probe = _probe(config, inputs, problem, trainer)
 
@@ -66,7 +66,7 @@ def _vllm_engine(config: RunConfig, max_context: int, *, dummy: bool) -> Engine:
 
     return VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=max_context,
                       load_format="dummy" if dummy or is_checkpoint(config.model.path) else "auto",
-                      timeout_seconds=config.parallel.timeout_seconds)
+                      timeout_seconds=config.collective_seconds)
 
 
 def _probe(config: RunConfig, inputs: Inputs, problem: Problem, trainer: Trainer) -> SyncProbe:

@@ -16,7 +16,7 @@ from megatron_antisd.durable import write_whole
 from megatron_antisd.metrics import MetricsWriter, read_rows
 from megatron_antisd.metrics.files import CHECKPOINTS, CONFIG, METRICS, WANDB_ID
 from megatron_antisd.metrics.journal import read_journal
-from megatron_antisd.run import Run
+from megatron_antisd.run import Run, setting_up
 from megatron_antisd.supervision.preemption import clear_preempted
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def restore(run: Run) -> Run:
     Collective. Raises ConfigError where the checkpoint belongs to another model, data set or configuration, or where none is whole."""
     from megatron_antisd.checkpoint import CheckpointError
 
-    with run.supervisor.stage("setup"):
+    with setting_up(run.supervisor):
         try:
             run = _load_state(run)
         except (CheckpointError, ValueError) as error:

@@ -7,10 +7,11 @@ before Megatron.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -131,6 +132,10 @@ class Run:
         self.writer.wait()
         self._free()
 
+    def tell(self, error: Exception) -> None:
+        """Log a failure and tell the other ranks of it; nothing where supervision has ended."""
+        self.supervisor.__exit__(type(error), error, error.__traceback__)
+
     def __enter__(self) -> Self:
         return self
 
@@ -180,11 +185,11 @@ def build_run(config: RunConfig) -> Run:
 
     inputs = read_inputs(config, training=True)
     sampler = ProblemSampler(inputs.problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
-    start_process_group(config.parallel.timeout_seconds)
+    start_process_group(config.collective_seconds)
     main = dist.get_rank() == 0
     lock = _lock(config, main)
     supervisor = start_supervisor(config)
-    with supervisor.stage("setup"):
+    with setting_up(supervisor):
         engine, trainer, probe = build_policy(config, inputs, inputs.problems[0])
         from megatron_antisd.checkpoint import CheckpointWriter
 
@@ -198,6 +203,20 @@ def build_run(config: RunConfig) -> Run:
             probe=probe, progress=Progress(), health=HealthMonitor(config.health),
             writer=CheckpointWriter(config.directory / CHECKPOINTS, trainer), supervisor=supervisor,
             journal=Journal(config.directory, is_writer=main), lock=lock, is_main=main, watch=_build_watch(config, inputs) if main else None)
+
+
+@contextlib.contextmanager
+def setting_up(supervisor: Supervisor) -> Iterator[None]:
+    """The stage `setup`. What fails on one rank is told to the others; bad input is the same on all, and its message says it all."""
+    try:
+        with supervisor.stage("setup"):
+            yield
+    except SETUP_ERRORS:
+        supervisor.close()
+        raise
+    except BaseException as error:
+        supervisor.__exit__(type(error), error, error.__traceback__)
+        raise
 
 
 def start_supervisor(config: RunConfig) -> Supervisor:

@@ -77,6 +77,9 @@ def main(arguments: Sequence[str]) -> None:
             keeping.finish(run)
         except Preempted as reason:
             keeping.leave(run, metrics, reason)
+        except Exception as error:
+            run.tell(error)  # before anything is closed, which may take long: the others wait for this rank
+            raise
         if config.checkpoint.save_hf:
             with run.supervisor.stage("save"):
                 run.save_huggingface(config.directory / "hf")

@@ -411,3 +411,17 @@ def test_files_and_layout_come_in_one_message(checkpoint: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check(on_disk(checkpoint, "data.train=[nowhere.jsonl]", f"{VPP}=2"), MOE, 2)
     assert "data.train[0]" in str(caught.value) and VPP in str(caught.value)
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"supervision": {"heartbeat_seconds": 60}}, "silence_seconds=120 must be more than two supervision.heartbeat_seconds=60"),
+    ({"supervision": {"generate_seconds": 200}}, "rollout.stall_seconds=300 must be less than supervision.generate_seconds=200")])
+def test_time_outs_that_would_come_in_the_wrong_order(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config({"model": {"path": "m"}, **sections})
+
+
+def test_collectives_outlast_every_stage() -> None:
+    config = build_config({"model": {"path": "m"}, "parallel": {"timeout_seconds": 600}})
+    assert config.collective_seconds == config.supervision.evaluate_seconds + 60
+    assert build_config({"model": {"path": "m"}, "parallel": {"timeout_seconds": 99999}}).collective_seconds == 99999

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_antisd.config.training import Section
 
@@ -62,6 +62,18 @@ class SupervisionConfig(Section):
     """Seconds between the signs of life that each rank's watchdog gives."""
     silence_seconds: float = Field(120.0, gt=0)
     """A rank that gave no sign of life for so long is taken for dead or stopped, named, and the run ended; more than two heartbeats."""
+
+    @property
+    def longest_stage(self) -> float:
+        """Seconds."""
+        return max(getattr(self, name) for name in type(self).model_fields if name not in ("heartbeat_seconds", "silence_seconds"))
+
+    @model_validator(mode="after")
+    def _heartbeats_fit(self) -> SupervisionConfig:
+        if self.silence_seconds <= 2 * self.heartbeat_seconds:
+            raise ValueError(f"supervision.silence_seconds={self.silence_seconds:g} must be more than two supervision.heartbeat_seconds="
+                             f"{self.heartbeat_seconds:g}: healthy ranks would be taken for dead")
+        return self
 
 
 class NonFiniteConfig(Section):

@@ -3,6 +3,7 @@ those that keep a run alive in `reliability`, and nowhere else."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,6 +249,12 @@ class RunConfig(Section):
         return Path(self.run.directory or Path("runs") / self.run.name)
 
     @property
+    def collective_seconds(self) -> int:
+        """Time-out of collectives in a supervised run: longer than every stage's, or the ranks that wait would fail before the stage's time-out
+        names the one they wait for."""
+        return max(self.parallel.timeout_seconds, math.ceil(self.supervision.longest_stage) + 60)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the teacher pass runs at all."""
         return self.algorithm.method not in ("grpo", "no_teacher") or self.algorithm.shadow
@@ -265,6 +272,9 @@ class RunConfig(Section):
             raise ValueError(f"algorithm.shadow needs algorithm.method=grpo, got {self.algorithm.method}")
         if self.algorithm.compose == "multiplicative" and self.algorithm.method != "antisd":
             raise ValueError(f"algorithm.compose=multiplicative needs algorithm.method=antisd, got {self.algorithm.method}")
+        if self.rollout.stall_seconds >= self.supervision.generate_seconds:
+            raise ValueError(f"rollout.stall_seconds={self.rollout.stall_seconds:g} must be less than supervision.generate_seconds="
+                             f"{self.supervision.generate_seconds:g}: the stage's time-out would come before the engine's restart")
         names = [b.name for b in self.evaluation.benchmarks]
         if len(set(names)) != len(names):
             raise ValueError(f"evaluation.benchmarks: names must differ, got {names}")

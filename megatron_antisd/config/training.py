@@ -52,7 +52,8 @@ class ParallelConfig(Section):
     gradient_bucket_parameters: int | None = Field(None, ge=1)
     """With `overlap_gradients`: parameters in a bucket; None takes Megatron's 40 million, or a million a data-parallel rank where that is more."""
     timeout_seconds: int = Field(600, ge=10)
-    """Time-out of collectives, and of a rank's wait for the slowest one in the rollout engine; Megatron's groups round it up to minutes."""
+    """Time-out of collectives, and of a rank's wait for the slowest one in the rollout engine. In training at least that of the longest stage
+    (`supervision`), which names the rank that is waited for; Megatron's groups round it up to minutes."""
 
     def chunk_layers(self, layers: int) -> tuple[int, ...]:
         """Layers of each of the PP x VPP chunks of a model of `layers`, in the model's order: chunk i stands on stage i modulo PP."""

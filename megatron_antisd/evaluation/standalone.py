@@ -44,7 +44,7 @@ def build_standalone(config: RunConfig) -> Standalone:
     path = Path(config.model.path)
     step = _step_of(path)
     inputs = read_inputs(config, training=False)
-    start_process_group(config.parallel.timeout_seconds)
+    start_process_group(config.collective_seconds)
     main = dist.get_rank() == 0
     if main:
         _log.info("evaluating %s, step %d", path, step)

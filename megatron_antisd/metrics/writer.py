@@ -67,7 +67,7 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._evaluation_alone, self._patient, self._directory = evaluation_alone, patient, directory
         self._lines = {name: JsonLines(directory / name, patient=patient) for name in (METRICS, SAMPLES, TOKEN_U)}
-        self._last_step, self._last_evaluation = 0, -1
+        self._last_step, self._last_evaluation, self._closed = 0, -1, False
         if resume_step is not None:
             self._cut_back(resume_step)
         elif not evaluation_alone:
@@ -159,22 +159,24 @@ class MetricsWriter:
         if self._is_writer:
             self._lines[TOKEN_U].append([_checked_row(step, row, TOKEN_U_KEYS, TOKEN_U) for row in rows])
 
-    def close(self) -> None:
-        if not self._is_writer:
+    def close(self, *, failed: bool = False) -> None:
+        """`failed`: so W&B shows the run. Nothing the second time."""
+        if not self._is_writer or self._closed:
             return
+        self._closed = True
         for lines in self._lines.values():
             lines.append([])  # what a full disk held up
         self._console.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(failed))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     def _check_order(self, step: int, last: int, kind: str) -> None:
         if not last < step <= self._total_steps:

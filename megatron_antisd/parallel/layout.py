@@ -87,8 +87,9 @@ def start_process_group(timeout_seconds: int) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **given)
 
 
-def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
-    """Create Megatron's groups for `parallel` and seed every rank. Needs the default process group."""
+def build_layout(parallel: ParallelConfig, seed: int, timeout_seconds: int | None = None) -> ProcessLayout:
+    """Create Megatron's groups for `parallel` and seed every rank. Needs the default process group. `timeout_seconds` stands for
+    `parallel.timeout_seconds` where supervision needs a longer one."""
     from megatron.core import parallel_state as ps
 
     ps.initialize_model_parallel(
@@ -98,7 +99,7 @@ def build_layout(parallel: ParallelConfig, seed: int) -> ProcessLayout:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=-(-parallel.timeout_seconds // 60),
+        distributed_timeout_minutes=-(-(timeout_seconds or parallel.timeout_seconds) // 60),
         create_gloo_process_groups=torch.cuda.is_available(),
     )
     seed_generators(seed + 1)

@@ -83,16 +83,21 @@ def leave_preempted(directory: Path, step: int, checkpoint: Path | None) -> NoRe
         saved = {"step": step, "checkpoint": str(checkpoint) if checkpoint is not None else None, "host": socket.gethostname(),
                  "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
         write_whole(directory / FILE, [f"{json.dumps(saved, indent=1)}\n".encode()])
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        if LAUNCH_FILE in os.environ:
-            Path(os.environ[LAUNCH_FILE]).write_text(f"{step}\n")
-        agent = _agent()
-        if agent is not None:
-            os.kill(agent, signal.SIGTERM)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and LAUNCH_FILE in os.environ:
+        Path(os.environ[LAUNCH_FILE]).write_text(f"{step}\n")
+    stop_launcher()
     if dist.is_initialized():  # no rank may be gone before every node's agent knows
         dist.all_reduce(torch.zeros(1, dtype=torch.int32))
     ignore()
     raise SystemExit(EXIT_PREEMPTED)
+
+
+def stop_launcher() -> None:
+    """Keep torchrun from starting the ranks again, where it started this one. Every rank calls it: SIGTERM comes back, and has no effect."""
+    ignore()
+    agent = _agent() if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
+    if agent is not None:
+        os.kill(agent, signal.SIGTERM)
 
 
 def clear_preempted(directory: Path) -> None:

@@ -20,7 +20,7 @@ class Verdict:
 
     `silent`: no sign of life since the alarm. `left`: ended by an exception that is no failure (SystemExit). `failed`: the first that
     failed by an exception. `stage`: in an earlier stage than others. `outside`: in the same stage, in no collective while others wait in
-    one. `collectives`: began fewer collectives than others. `nobody`: all ranks stand at the same place."""
+    one, or while the first to fail timed out. `collectives`: began fewer collectives than others. `nobody`: all ranks stand at the same place."""
 
     ranks: tuple[int, ...]
     kind: Kind
@@ -33,6 +33,10 @@ def name_suspects(records: Mapping[int, RankRecord], world_size: int) -> Verdict
         return Verdict(ranks=tuple(silent), kind="silent")
     left = [rank for rank, record in records.items() if record.state == "ended" and record.failure is not None]
     failed = sorted((record for record in records.values() if record.state == "failed"), key=lambda record: record.failure_order)
+    stuck = [record for record in _outside([record for record in records.values() if record.state == "running"], all_too=True)
+             if failed and _timed_out(failed[0]) and record.stages <= failed[0].stages]
+    if stuck and not left:  # the first to fail gave up waiting for them
+        return Verdict(ranks=tuple(sorted(record.rank for record in stuck)), kind="outside")
     if failed or left:  # a rank that left brings the others down with broken connections, so theirs are not the cause
         return Verdict(ranks=tuple(sorted(left)), kind="left") if left else Verdict(ranks=(failed[0].rank,), kind="failed")
     running = [record for record in records.values() if record.state == "running"]
@@ -108,10 +112,15 @@ def _fewest(running: list[RankRecord], numbers: list[int]) -> list[RankRecord]:
     return [record for record, number in zip(running, numbers, strict=True) if number == min(numbers)]
 
 
-def _outside(running: list[RankRecord]) -> list[RankRecord]:
-    """Those in no collective; none where all are in none."""
+def _outside(running: list[RankRecord], *, all_too: bool = False) -> list[RankRecord]:
+    """Those in no collective; none where all are in none, but with `all_too`."""
     outside = [record for record in running if record.collective is None or not record.collective.inside]
-    return outside if len(outside) < len(running) else []
+    return outside if all_too or len(outside) < len(running) else []
+
+
+def _timed_out(record: RankRecord) -> bool:
+    """Whether a rank failed because a collective took too long, in gloo's or NCCL's words."""
+    return any(word in (record.failure or "").lower() for word in ("timed out", "timeout", "time-out"))
 
 
 def _waiting(others: list[RankRecord]) -> list[str]:

@@ -243,6 +243,9 @@ class Watchdog:
             state = Path(f"/proc/{record.pid}/stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             return True
+        except OSError as error:  # no file handle left, say: that is no death
+            log.warning("process %d of rank %d could not be looked at: %s", record.pid, record.rank, error)
+            return False
         return state in "ZX"  # dead, and not yet waited for by its parent
 
 

@@ -37,7 +37,8 @@ def test_changes_of_what_is_trained_need_a_word(sections: dict[str, Any], key: s
     assert changed(**sections, checkpoint={"accept_changes": [key.split(".")[0]]}), "a section stands for its keys"
 
 
-@pytest.mark.parametrize(("sections", "key"), [({"algorithm": {"method": "grpo"}}, "algorithm.method"), ({"gate": {"warmup_steps": 9}}, "gate.warmup")])
+@pytest.mark.parametrize(("sections", "key"), [
+    ({"algorithm": {"method": "grpo"}}, "algorithm.method"), ({"gate": {"warmup_steps": 9}}, "gate.warmup")])
 def test_method_and_gate_never_change(sections: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"(?s){key}.*continual_from=runs/r"):
         changed(**sections, checkpoint={"accept_changes": ["algorithm", "gate"]})

@@ -27,7 +27,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, changes in (("model", {}), ("other", {"moe_intermediate_size": 32})):
         make_checkpoint(root / name, moe=True, **changes)
         directory = saved if name == "model" else root / "strangers"
-        run_ranks(HERE.parent / "parallel" / "checkpoint_ranks.py", 2, str(root / name), str(directory), str(root / "unused.pt"), "0", "4", "-", *LAYOUT)
+        run_ranks(HERE.parent / "parallel" / "checkpoint_ranks.py", 2, str(root / name), str(directory), str(root / "unused.pt"), "0", "4", "-",
+                  *LAYOUT)
     shutil.copytree(root / "strangers" / NEWEST, saved / "of_another_model")
     convert_to_megatron(root / "model", saved / "converted")
     run_ranks(HERE / "damage_ranks.py", 2, str(root / "model"), str(saved), str(root / "outcomes.json"), *LAYOUT)

@@ -20,7 +20,8 @@ def test_the_newest_the_best_and_the_landmarks_stay() -> None:
 
 @given(steps=st.sets(st.integers(1, 60), min_size=1), keep=st.integers(1, 5), keep_best=st.integers(0, 4),
        keep_every=st.none() | st.integers(1, 20), scores=st.dictionaries(st.integers(1, 60), st.floats(0, 1)), data=st.data())
-def test_the_rule_holds_for_each(steps: set[int], keep: int, keep_best: int, keep_every: int | None, scores: dict[int, float], data: st.DataObject) -> None:
+def test_the_rule_holds_for_each(steps: set[int], keep: int, keep_best: int, keep_every: int | None, scores: dict[int, float],
+                                 data: st.DataObject) -> None:
     newest = data.draw(st.sampled_from(sorted(steps)))
     gone = set(superseded(steps, newest, scores, CheckpointConfig(keep=keep, keep_best=keep_best, keep_every=keep_every)))
     mine = {step for step in steps if step <= newest}

@@ -37,6 +37,10 @@ BOUND_BY_RULES: dict[str, SearchStrategy[Any]] = {
     "algorithm.shadow": st.just(False),
     "algorithm.compose": st.just("additive"),
     "algorithm.updates_per_batch": st.just(1),
+    "supervision.heartbeat_seconds": st.floats(0.1, 10.0),
+    "supervision.silence_seconds": st.floats(21.0, 1e4),
+    "supervision.generate_seconds": st.floats(301.0, 1e5),
+    "rollout.stall_seconds": st.floats(0.1, 300.0),
 }
 """Keys whose values a rule binds beyond type and bounds."""
 

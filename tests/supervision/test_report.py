@@ -40,6 +40,11 @@ def test_a_stuck_rank_the_others_wait_for() -> None:
     (table(record(0), record(2)), 3, (1,), "silent"),  # never posted
     (table(record(0, state="failed", failure="RuntimeError: Connection closed", failure_order=1), record(1, heard=False)), 2, (1,), "silent"),
     (table(record(0, state="failed", failure_order=2), record(1), record(2, state="failed", failure_order=1)), 3, (2,), "failed"),
+    (table(record(0, state="failed", failure="RuntimeError: Timed out waiting 4000ms for recv", failure_order=1), record(1),
+           record(2, collective=AFTER_GATHER)), 3, (2,), "outside"),  # the first to fail gave up waiting
+    (table(record(0, state="failed", failure="RuntimeError: Timed out waiting", failure_order=1),
+           record(1, stages=90, collective=AFTER_GATHER)), 2, (0,), "failed"),  # nobody is behind it
+    (table(record(0, state="failed", failure="ValueError: no", failure_order=1), record(1, collective=AFTER_GATHER)), 2, (0,), "failed"),
     (table(record(0, state="failed", failure_order=1), record(1, state="ended", failure="SystemExit: no", heard=False)), 2, (1,), "left"),
     (table(record(0, stages=89, stage="grade"), record(1)), 2, (1,), "stage"),  # inside a collective, but one of an earlier stage
     (table(record(0), record(1, collective=None)), 2, (1,), "outside"),
