@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
-import gc
 import json
 import os
 import random
@@ -25,8 +24,6 @@ WORKER_KILLED = "worker_killed"
 """Done from outside, by whoever watches the run."""
 SPIKE_FACTOR = 200.0
 """`health.gradient_spike.factor` of a run with faults: no gradient of its own is that large."""
-OBJECTS_EVERY = 25
-"""Steps between two counts of Python objects, which take a moment."""
 _DECODING_STEP, _HANG_SECONDS, _LARGE = 5, 3600.0, 1e6
 
 
@@ -91,7 +88,7 @@ class Faults:
             if self._trainer is None:
                 self._trainer = run.trainer
                 self._install_late()
-            _append(self._memory, {"step": step, "time": time.time(), **own_memory(count_objects=step % OBJECTS_EVERY == 0)})
+            _append(self._memory, {"step": step, "time": time.time(), **own_memory()})
             for kind, act in (("engine_raises", _raise), ("engine_hangs", _hang)):
                 if self.take(kind, step):
                     _in_the_middle(run.engine, act)
@@ -201,16 +198,16 @@ class _MallInfo(ctypes.Structure):
         "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
 
 
-def own_memory(*, count_objects: bool = False) -> dict[str, int]:
-    """Of this process: bytes by the kernel (resident `rss`, its own alone `uss`) and by malloc (`malloc_used` handed out, `malloc_free` kept for
-    later), threads, open files, and Python's objects where they are to be counted."""
+def own_memory() -> dict[str, int]:
+    """Of this process: bytes by the kernel (as `read_sizes`) and by malloc (`malloc_used` handed out, `malloc_free` kept for later), threads, open
+    files."""
     found = {**read_sizes(os.getpid()), "threads": len(os.listdir("/proc/self/task")), "files": len(os.listdir("/proc/self/fd"))}
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo is not None:
         mallinfo.restype = _MallInfo
         info = mallinfo()
         found |= {"malloc_used": info.uordblks + info.hblkhd, "malloc_free": info.fordblks}
-    return found | ({"objects": len(gc.get_objects())} if count_objects else {})
+    return found
 
 
 def read_sizes(pid: int) -> dict[str, int]:

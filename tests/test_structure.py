@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inputs": {"records", "config", "data", "grading"},
     "convert": {"records", "config", "compat", "models", "parallel", "checkpoint"},
 }
-UNRESTRICTED = {"train", "evaluate", "run", "resume", "stages", "keeping", "policy"}  # the two programs and what the loop is made of; nothing imports train
+# The two programs and what the loop is made of; nothing imports train.
+UNRESTRICTED = {"train", "evaluate", "run", "resume", "stages", "keeping", "policy"}
 EVERYWHERE = {"durable"}  # writes files and knows nothing of what is in them
 VLLM_ROOMS = {"rollout", "compat"}
 NOT_FROM_THE_PACKAGE = {"examples", "tools", "tests", "benchmarks"}

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.1  # while an alarm is being answered
 MAX_MESSAGE = 160  # characters of an exception, which others repeat; the rank itself prints all of it
+STUCK_SECONDS = 20.0  # beyond all that answering an alarm waits for, on a machine that is too busy
 REPORT_SECONDS = 3.0  # beyond two heartbeats, that a rank waits for the report of the one that raised the alarm
 
 
@@ -154,8 +155,8 @@ class Watchdog:
     def _answer(self, alarm: Alarm) -> None:
         """Show this rank's stacks, see to the report, and end the process; after a failure the main thread ends it."""
         # The process may be stuck in a way that stops this as well.
-        faulthandler.dump_traceback_later(4 * self._config.heartbeat_seconds + 2 * REPORT_SECONDS + stacks.WRITE_SECONDS, exit=True,
-                                          file=stacks.STDERR)
+        faulthandler.dump_traceback_later(4 * self._config.heartbeat_seconds + 2 * REPORT_SECONDS + stacks.WRITE_SECONDS + STUCK_SECONDS,
+                                          exit=True, file=stacks.STDERR)
         self._heard = True
         self._quietly(self._tell_that_heard)
         self._show(alarm)

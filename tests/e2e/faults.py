@@ -21,15 +21,15 @@ def score_at_the_end(output: str) -> None:
 
     from megatron_antisd.run import Run
 
-    close = Run.close
+    free = Run._free
 
-    def score_and_close(self: Run) -> None:
+    def score_and_free(self: Run) -> None:
         scores = self.trainer.score(make_views(), gather_entropy=True)
         if self.is_main:
             torch.save((scores.log_prob, scores.entropy), output)
-        close(self)
+        free(self)
 
-    Run.close = score_and_close
+    Run._free = score_and_free
 
 
 def not_finite() -> None:
