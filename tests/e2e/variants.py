@@ -10,6 +10,7 @@ def main() -> None:
 
     from megatron_antisd.config import load_config
     from megatron_antisd.metrics import MetricsWriter
+    from megatron_antisd.resume import restore
     from megatron_antisd.run import build_run, set_up_logging
     from megatron_antisd.train import train
 
@@ -17,7 +18,7 @@ def main() -> None:
     for path in sys.argv[1:]:
         config = load_config(path)
         print(f"--- {config.run.name}", flush=True)
-        run = build_run(config)
+        run = restore(build_run(config))
         with MetricsWriter(config.directory, config=config.logging, total_steps=config.run.steps, resume_step=None,
                            run_name=config.run.name, is_writer=run.is_main) as metrics:
             train(run, metrics)
