@@ -6,7 +6,8 @@ that are NaN, and spikes that the run rolls back from. Every 2 s the launcher, e
 connections, and what they have in /dev/shm and the temporary directory.
 
 Goals: every fault is survived; each role's mean resident memory in the last tenth of the steps is within 2 % of that between 20 and 30 %; nothing is
-left behind at the end. Ends with code 1 where one is missed. Draws `soak.png`.
+left behind at the end. Ends with code 1 where one is missed. Draws `soak.png`. The learning rate is so small that every step is like the others; more
+`key=value` change the configuration, so `optimizer.lr=2e-4` soaks the quickstart as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ RANKS, CHECKPOINT_EVERY, EVALUATE_EVERY, KEEP = 2, 10, 25, 2
 COUNTS = {"engine_raises": 8, "engine_hangs": 4, "worker_killed": 20, "pool_dies": 6, "checkpoint_fails": 6, "nan_gradient": 6, "gradient_spike": 2}
 QUICK_COUNTS = {**dict.fromkeys(KINDS, 1), "engine_raises": 2, "worker_killed": 2}
 SAMPLING_SECONDS = 2.0
+LEARNING_RATE = 1e-6
+"""So small that the policy stays what it is: one that learns writes longer responses, which take more memory."""
 TORCHS_OWN = ("torchelastic_", "torchinductor_")
 """What torchrun (an empty folder a launch) and torch's compiler (its cache) leave in the temporary directory of every program."""
 MARK = "ANTISD_SOAK"
@@ -150,7 +153,7 @@ def overrides(directory: Path, steps: int) -> list[str]:
         f"run.directory={directory}", f"run.steps={steps}", f"run.name={directory.name}", f"checkpoint.every={CHECKPOINT_EVERY}",
         f"checkpoint.keep={KEEP}", "checkpoint.on_failure=continue", "checkpoint.resume=false", f"evaluation.every={EVALUATE_EVERY}",
         "rollout.stall_seconds=10", "rollout.max_restarts=1000", "grading.max_rebuilds=1000", "health.gradient_spike.action=rollback",
-        f"health.gradient_spike.factor={SPIKE_FACTOR:g}", "health.max_rollbacks=100", "logging.progress=false"]
+        f"health.gradient_spike.factor={SPIKE_FACTOR:g}", "health.max_rollbacks=100", "logging.progress=false", f"optimizer.lr={LEARNING_RATE:g}"]
 
 
 def live(directory: Path, plan: Sequence[Fault], steps: int, extra: Sequence[str]) -> tuple[Watch, int]:
