@@ -1,4 +1,4 @@
-"""What happened to a run, beside its numbers: resumes, preemptions, incidents, engines that were restarted, checkpoints that could not be written.
+"""What happened to a run, beside its numbers: resumes, preemptions, incidents, rollbacks, checkpoints that could not be written.
 
 `journal.jsonl` is a history: a resume does not cut it back, and its lines hold the wall clock.
 """
