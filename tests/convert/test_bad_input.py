@@ -21,6 +21,7 @@ from megatron_antisd.convert.part_file import PartFile
 from megatron_antisd.convert.ranks import ConvertError
 from megatron_antisd.convert.to_huggingface import convert_to_huggingface
 from megatron_antisd.convert.to_megatron import ToMegatron, convert_to_megatron
+from megatron_antisd.parallel.checkpoint_files import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -299,24 +300,29 @@ def unreadable_metadata(copy: Path) -> None:
     (copy / "tensors/.metadata").write_bytes(b"x" * size)
 
 
-def without_config(copy: Path) -> None:
+def written_anew(copy: Path, **sizes: int | None) -> None:
+    """A manifest that says so itself, with other sizes, or without the files whose size is None."""
     manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest["files"]["config.json"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    files = {name: size for name, size in (manifest.pop("files") | sizes).items() if size is not None}
+    digests = {name: digest for name, digest in manifest.pop("sha256").items() if name in files}
+    del manifest["digest"]
+    write_manifest(copy, manifest, files, digests)
+
+
+def without_config(copy: Path) -> None:
+    written_anew(copy, **{"config.json": None})
     (copy / "config.json").unlink()
 
 
 def another_model(copy: Path) -> None:
     edit(copy / "config.json", num_hidden_layers=5)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["config.json"] = (copy / "config.json").stat().st_size
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    written_anew(copy, **{"config.json": (copy / "config.json").stat().st_size})
 
 
 @pytest.mark.parametrize(("spoil", "parts"), [
     (shorten, ["is not a whole checkpoint: tensors/part-00002.distcp has", "bytes, expected"]),
     (lambda copy: (copy / "tensors/part-00001.distcp").unlink(), ["tensors/part-00001.distcp is missing"]),
-    (lambda copy: (copy / "manifest.json").write_text("{"), ["its manifest.json cannot be read (JSONDecodeError"]),
+    (lambda copy: (copy / "manifest.json").write_text("{"), ["manifest.json cannot be read (JSONDecodeError"]),
     (lambda copy: (copy / "manifest.json").unlink(), ["no checkpoint in", "expected a checkpoint or a run directory"]),
     (unreadable_metadata, [".metadata cannot be read", "the checkpoint is damaged"]),
     (without_config, ["no config.json in", "--hf-model"]),
@@ -414,7 +420,7 @@ def test_a_beginning_that_was_cut_short_is_begun_again(tmp_path: Path, torn: str
 def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "manifest.json").write_text(text)
-    with pytest.raises(ConvertError, match="is not a whole checkpoint: its manifest.json cannot be read|has format None"):
+    with pytest.raises(ConvertError, match=r"is not a whole checkpoint: manifest.json cannot be read|has format None"):
         convert_to_huggingface(tmp_path / "checkpoint", tmp_path / "output")
 
 
