@@ -57,6 +57,7 @@ def names(disk: Path) -> list[str]:
     return sorted(path.name for path in disk.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_with_continue(world: World, disk: Path) -> None:
     """Two checkpoints fit and must stay until a third is whole, so no third ever fits; with more room the run goes on to the numbers of one that
     always had it."""
@@ -77,7 +78,6 @@ def test_a_full_disk_with_continue(world: World, disk: Path) -> None:
     assert without_times(disk.parent) == without_times(undisturbed)
 
 
-@pytest.mark.slow
 def test_a_full_disk_with_stop(world: World, disk: Path) -> None:
     done = launch(2, "-m", "megatron_antisd.train", make_config(world, disk.parent, "stop"))
     assert done.returncode != 0

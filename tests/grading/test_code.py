@@ -229,9 +229,9 @@ def test_groups_of_math_and_code_together() -> None:
     problems = [Problem(id="m", prompt="", answer="4"), Problem(id="c", prompt="", answer="", tests=ADD)]
     texts = [["\\boxed{4}", "\\boxed{5}"], [fenced("def add(a, b): return a + b"), "none"]]
     groups = [RolloutGroup(problem=problem, rollouts=tuple(
-        Rollout(problem_id=problem.id, index=i, prompt_ids=(1,), response_ids=(1,), engine_log_probs=(0.0,), truncated=False, policy_version=0,
-                text=text)
-        for i, text in enumerate(pair))) for problem, pair in zip(problems, texts, strict=True)]
+        Rollout(problem_id=problem.id, index=j, prompt_ids=(1,), response_ids=(i, j), engine_log_probs=(0.0, 0.0), truncated=False,
+                policy_version=0, text=text)
+        for j, text in enumerate(pair))) for i, (problem, pair) in enumerate(zip(problems, texts, strict=True))]
     feedback = PrivilegedConfig()
     with build_pool(GradingConfig(), problems) as pool:
         grading = EarlyGrading(pool, problems, 2, lambda ids: texts[ids[0]][ids[1]])

@@ -146,7 +146,7 @@ def test_pointer_and_keys_show_the_numbers(browser: Browser, made: tuple[Path, W
     tops = page.evaluate(f"[{above}, 399].map((i) => document.getElementById('t' + i).getClientRects()[0].top)")
     assert tops[0] < tops[1]
     page.press("Escape")
-    assert page.evaluate("document.getElementById('numbers').hidden")
+    page.wait("document.getElementById('numbers').hidden")
     page.close()
 
 
