@@ -74,6 +74,8 @@ class Supervisor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._open:
+            return  # told already, or closed for an end that all ranks agreed on
         failed = isinstance(error, Exception) and not isinstance(error, preemption.Preempted)
         if failed:
             if threading.current_thread() is threading.main_thread():

@@ -73,6 +73,16 @@ def test_exceptions_pass_through(tmp_path: Path, error: BaseException, explained
         assert "ValueError: boom" in (tmp_path / "hangs/rank_00000.txt").read_text()
 
 
+def test_what_comes_after_the_end_is_told_to_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A stop that all ranks agreed on, and an error that was told before anything was closed."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="agreed"), make(tmp_path) as supervisor:
+        supervisor.close()
+        began = time.monotonic()
+        raise ValueError("agreed")
+    assert time.monotonic() - began < 1 and not caplog.text and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_the_board() -> None:
     store = dist.HashStore()
     board = Board(store, 2)
