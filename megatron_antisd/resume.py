@@ -39,14 +39,13 @@ def restore(run: Run) -> Run:
 
 
 def _load_state(run: Run) -> Run:
-    from megatron_antisd.checkpoint import load_checkpoint, newest_whole, verify
+    from megatron_antisd.checkpoint import load_checkpoint, verify
     from megatron_antisd.parallel.stored_weights import on_main
 
-    settings, checksums = run.config.checkpoint, run.config.checkpoint.verify == "checksums"
-    own = run.config.directory / CHECKPOINTS
+    settings = run.config.checkpoint
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     # A launcher that starts the ranks again does not mean a new run, whatever its first start meant.
-    newest = newest_whole(own, run.trainer.layout, checksums=checksums) if settings.resume or restarts else None
+    newest = _newest_whole(run, run.config.directory) if settings.resume or restarts else None
     if newest is not None:
         changes = _check_config(run, newest)
         state = load_checkpoint(newest, run.trainer)
@@ -66,9 +65,9 @@ def _load_state(run: Run) -> Run:
         given = Path(settings.continual_from)
         if (given / "state.json").is_file():
             source: Path | None = given
-            verify(given, run.trainer.layout, checksums=checksums)
+            verify(given, run.trainer.layout, checksums=settings.verify == "checksums")
         else:
-            source = newest_whole(given / CHECKPOINTS, run.trainer.layout, checksums=checksums)
+            source = _newest_whole(run, given)
         if source is None:
             raise ConfigError(f"checkpoint.continual_from: no checkpoint in {given}; expected a run directory with checkpoints/ or one of them")
         state = load_checkpoint(source, run.trainer, restore_rng=False)
@@ -82,10 +81,10 @@ def _load_state(run: Run) -> Run:
 def roll_back(run: Run, metrics: MetricsWriter) -> None:
     """Weights, optimizer, generators, gate and counters of the newest whole checkpoint; the data position stays, so that the run goes on with other
     problems. Rows of later steps are removed. Collective. Raises ConfigError or CheckpointError where there is nothing to go back to."""
-    from megatron_antisd.checkpoint import load_checkpoint, newest_whole
+    from megatron_antisd.checkpoint import load_checkpoint
 
     failed_step = run.progress.step
-    newest = newest_whole(run.config.directory / CHECKPOINTS, run.trainer.layout, checksums=run.config.checkpoint.verify == "checksums")
+    newest = _newest_whole(run, run.config.directory)
     if newest is None:
         raise ConfigError("there is no checkpoint to roll back to: none was written yet (checkpoint.every)")
     state = load_checkpoint(newest, run.trainer)
@@ -104,6 +103,13 @@ def write_config(run: Run) -> None:
         run.config.directory.mkdir(parents=True, exist_ok=True)
         clear_preempted(run.config.directory)
         write_whole(run.config.directory / CONFIG, [dump_config(run.config).encode()])
+
+
+def _newest_whole(run: Run, directory: Path) -> Path | None:
+    """Of the checkpoints of the run in `directory`."""
+    from megatron_antisd.checkpoint import newest_whole
+
+    return newest_whole(directory / CHECKPOINTS, run.trainer.layout, checksums=run.config.checkpoint.verify == "checksums")
 
 
 def _check_config(run: Run, newest: Path) -> list[str]:

@@ -27,7 +27,7 @@ from megatron_antisd.audit.watch import ContextWatch
 from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig
 from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError
-from megatron_antisd.evaluation.evaluator import Evaluator, build_evaluator
+from megatron_antisd.evaluation.evaluator import Evaluator, agreed, build_evaluator
 from megatron_antisd.grading import GradingError, GradingPool
 from megatron_antisd.health import HealthMonitor, Incident
 from megatron_antisd.inputs import Inputs, read_inputs
@@ -231,15 +231,15 @@ def start_supervisor(config: RunConfig) -> Supervisor:
 
 def _lock(config: RunConfig, main: bool) -> RunLock | None:
     """The run directory, for this run alone; where it is taken, ConfigError on every rank."""
-    lock, refused = None, [None]
+    lock, refused = None, None
     if main:
         try:
             lock = RunLock(config.directory)
         except (ConfigError, OSError) as error:
-            refused = [str(error) if isinstance(error, ConfigError) else f"run.directory={config.directory} cannot be written: {error}"]
-    dist.broadcast_object_list(refused, src=0)
-    if refused[0] is not None:
-        raise ConfigError(refused[0])
+            refused = str(error) if isinstance(error, ConfigError) else f"run.directory={config.directory} cannot be written: {error}"
+    refused = agreed(refused)
+    if refused is not None:
+        raise ConfigError(refused)
     return lock
 
 
@@ -247,14 +247,10 @@ def _build_watch(config: RunConfig, inputs: Inputs) -> ContextWatch:
     return ContextWatch(ContextInspector(inputs.prompts, inputs.tokenizer), SolutionCheck(inputs.grader, inputs.prompts), config.model.dtype)
 
 
-def _environment(name: str, default: str) -> str:
-    return os.environ.get(name, default)
-
-
 def set_up_logging() -> None:
     """One plain line a message, from rank 0 at INFO, from others only warnings; no noise from libraries."""
     quiet_libraries()
-    main = _environment("RANK", "0") == "0"
+    main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_antisd").setLevel(logging.INFO if main else logging.WARNING)
-    torch.set_num_threads(int(_environment("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -51,16 +51,7 @@ def newest_whole(directory: Path, layout: ProcessLayout, *, checksums: bool) -> 
 def verify(path: Path, layout: ProcessLayout, *, checksums: bool) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there, in their sizes and, with `checksums`, with the content that was written: every
     rank reads its share. Collective. Raises DamagedCheckpointError, on every rank, naming the file."""
-    answer: list[Any] = [None, None]
-    if layout.is_main:
-        try:
-            answer = [read_manifest(path), None]
-        except (CheckpointError, OSError) as error:
-            answer[1] = error if isinstance(error, CheckpointError) else DamagedCheckpointError(f"{path}: {type(error).__name__}: {error}")
-    dist.broadcast_object_list(answer, src=0)
-    manifest, refused = answer
-    if refused is not None:
-        raise refused
+    manifest = on_main(layout, lambda: read_manifest(path))
     if checksums:
         _verify_content(path, manifest, layout)
     return manifest

@@ -1,8 +1,8 @@
 """Writes checkpoints beside their place, while training goes on, and commits each by one rename.
 
 The main thread copies the state to host memory. A thread writes it, with collectives of its own over a process group of its own: each rank its
-files, then the digest of each; rank 0 last writes the manifest, gives the directory its name and removes what it supersedes. So whatever bears the
-name of a checkpoint is whole, and a failure on any rank is known on all.
+files, whose digests are taken on the way; rank 0 last writes the manifest, gives the directory its name and removes what it supersedes. So
+whatever bears the name of a checkpoint is whole, and a failure on any rank is known on all.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class CheckpointWriter:
         tensors, optimizer_step = trainer_tensors(self._trainer)
         tensors |= generator_tensors(self._layout, dict(generators or generator_states(self._layout)))
         manifest = {"step": step, "optimizer_step": optimizer_step, "policy_version": state.get("progress", {}).get("policy_version"),
-                    "config_hash": _text_hash(dump_config(self._trainer.config)), **describe_trainer(self._trainer)}
+                    **describe_trainer(self._trainer)}
         # Without a thread nothing moves meanwhile: no copy is needed.
         job = _Job(step=step, tensors=self._copies.take(tensors) if background else tensors, manifest=manifest, state=state, scores=scores or {})
         if not background:
@@ -194,7 +194,8 @@ class CheckpointWriter:
     def _commit(self, job: _Job, partial: Path, target: Path, files: dict[str, tuple[int, str]]) -> None:
         copied = copy_model_files(Path(self._trainer.config.model.path), partial)
         write_json(partial / STATE, job.state)
-        (partial / RUN_CONFIG).write_text(dump_config(self._trainer.config))
+        config = dump_config(self._trainer.config)
+        (partial / RUN_CONFIG).write_text(config)
         for file in (partial / STATE, partial / RUN_CONFIG, partial / TENSORS / ".metadata", *copied):
             sync(file)
             files[str(file.relative_to(partial))] = (file.stat().st_size, file_sha256(file))
@@ -202,7 +203,8 @@ class CheckpointWriter:
         if unseen:
             raise CheckpointError(f"rank 0 does not see {unseen[:3]} as another rank wrote them: checkpoints must go to a file system that all nodes "
                                   "share (run.directory)")
-        write_manifest(partial, job.manifest, {name: size for name, (size, _) in files.items()}, {name: sha for name, (_, sha) in files.items()})
+        manifest = {**job.manifest, "config_hash": hashlib.sha256(config.encode()).hexdigest()[:16]}
+        write_manifest(partial, manifest, {name: size for name, (size, _) in files.items()}, {name: sha for name, (_, sha) in files.items()})
         for folder in (partial / TENSORS, partial):
             sync(folder)
         replaced = _put_aside(target) if target.exists() else None
@@ -244,7 +246,3 @@ def _delete(path: Path) -> None:
 def _cannot_write(partial: Path, why: str) -> str:
     return (f"could not write {partial}: {why}. Older checkpoints are as they were. Make room or give another run.directory; with "
             "checkpoint.on_failure=continue the run goes on and tries again at the next checkpoint")
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -100,7 +100,7 @@ def size_fault(path: Path) -> str | None:
     try:
         manifest = read_json(path / MANIFEST)
         files = {str(name): int(size) for name, size in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     if manifest.get("format") not in READABLE:
         return None  # a newer version may count otherwise; `read_manifest` says so

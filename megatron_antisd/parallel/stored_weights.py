@@ -97,15 +97,15 @@ def failures(error: CheckpointException) -> str:
 
 
 def on_main(layout: ProcessLayout, action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0; its result, or its failure as CheckpointError, on every rank."""
+    """Run `action` on rank 0; its result, or its failure as CheckpointError of whichever kind, on every rank."""
     answer: list[Any] = [None, None]
     cause: Exception | None = None
     if layout.is_main:
         try:
             answer[0] = action()
         except (CheckpointError, OSError, TypeError, ValueError) as error:
-            cause, answer[1] = error, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            cause, answer[1] = error, error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise CheckpointError(answer[1]) from cause
+        raise answer[1] from cause
     return answer[0]
