@@ -170,7 +170,7 @@ def _hang() -> None:
 
 def _in_the_middle(engine: Any, act: Callable[[], None]) -> None:
     """In the fifth decoding step of the next generation."""
-    core = engine._engine._llm.llm_engine
+    core = engine._engine._replica._llm.llm_engine
     original, calls = core.step, []
 
     def failing_step() -> Any:

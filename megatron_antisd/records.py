@@ -96,7 +96,9 @@ class Rollout:
     truncated: bool
     """True when generation stopped at the length limit rather than at an end token."""
     policy_version: int
-    """The number of weight updates the generating policy had seen."""
+    """The number of weight updates the generating policy had seen, at the first token."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """(policy version, number of tokens) of each stretch drawn from one set of weights, in order; empty where all are of `policy_version`."""
     text: str = ""
     """The decoded response without special tokens."""
     reward: float | None = None
@@ -111,9 +113,20 @@ class Rollout:
         if len(self.engine_log_probs) != len(self.response_ids):
             raise ValueError(f"rollout {self.index} of problem {self.problem_id!r}: {len(self.engine_log_probs)} engine "
                              f"log-probs for {len(self.response_ids)} response tokens; they must be equal in number")
+        spans = self.version_spans or ((self.policy_version, len(self.response_ids)),)
+        if sum(tokens for _, tokens in spans) != len(self.response_ids) or spans[0][0] != self.policy_version:
+            raise ValueError(f"rollout {self.index} of problem {self.problem_id!r}: the spans {self.version_spans} (policy version, tokens) must add "
+                             f"up to {len(self.response_ids)} response tokens and begin with policy version {self.policy_version}")
 
     def graded(self, reward: float, feedback: str) -> Rollout:
         return dataclasses.replace(self, reward=reward, feedback=feedback)
+
+
+def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
+    """The inverse of `dataclasses.asdict` followed by JSON."""
+    sequences = {name: tuple(row[name]) for name in ("prompt_ids", "response_ids", "engine_log_probs")}
+    spans = tuple((version, tokens) for version, tokens in row.get("version_spans", ()))  # files of earlier releases have none
+    return Rollout(**{**row, **sequences, "version_spans": spans})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,16 @@ and the world size before anything starts (`rules`)."""
 
 from megatron_antisd.config.load import build_config, dump_config, known_keys, load_config
 from megatron_antisd.config.reliability import CheckpointConfig, HealthConfig, SupervisionConfig
+from megatron_antisd.config.rollout import (
+    AsynchronyConfig,
+    CorrectionConfig,
+    NoiseFloorConfig,
+    RolloutConfig,
+    RoutingConfig,
+    ServersConfig,
+    SyncConfig,
+    TailsConfig,
+)
 from megatron_antisd.config.schema import (
     DEFAULT_PRIVILEGED_TEMPLATE,
     AlgorithmConfig,
@@ -15,7 +25,6 @@ from megatron_antisd.config.schema import (
     LoggingConfig,
     PrivilegedConfig,
     ProfileConfig,
-    RolloutConfig,
     RunConfig,
     RunSection,
 )
@@ -31,9 +40,11 @@ from megatron_antisd.config.training import (
 __all__ = [
     "DEFAULT_PRIVILEGED_TEMPLATE",
     "AlgorithmConfig",
+    "AsynchronyConfig",
     "BenchmarkConfig",
     "CheckpointConfig",
     "ConfigError",
+    "CorrectionConfig",
     "DataConfig",
     "DebugConfig",
     "EvaluationConfig",
@@ -42,15 +53,20 @@ __all__ = [
     "HealthConfig",
     "LoggingConfig",
     "ModelConfig",
+    "NoiseFloorConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PrivilegedConfig",
     "ProfileConfig",
     "RolloutConfig",
+    "RoutingConfig",
     "RunConfig",
     "RunSection",
     "Section",
+    "ServersConfig",
     "SupervisionConfig",
+    "SyncConfig",
+    "TailsConfig",
     "TrainerConfig",
     "build_config",
     "dump_config",

@@ -11,7 +11,8 @@ from megatron_antisd.config.training import ConfigError
 FREE = (
     "run.name", "run.directory", "run.steps", "model.path", "model.spec", "model.grouped_experts", "model.recompute", "model.recompute_modules",
     "parallel", "rollout.engine", "rollout.tensor_parallel_size", "rollout.memory_fraction", "rollout.kv_cache_bytes", "rollout.max_sequences",
-    "rollout.sync_bucket_bytes", "rollout.probe_max_mean", "rollout.max_restarts", "rollout.stall_seconds", "trainer", "optimizer.backend",
+    "rollout.mode", "rollout.sync_bucket_bytes", "rollout.probe_max_mean", "rollout.max_restarts", "rollout.stall_seconds",
+    "sync", "servers", "noise_floor", "routing.sample_every", "routing.sample_rollouts", "trainer", "optimizer.backend",
     "optimizer.offload", "optimizer.max_skipped_in_a_row", "grading.workers", "grading.max_rebuilds", "evaluation", "checkpoint", "supervision",
     "health", "logging", "profile", "debug.save_rollouts",
 )  # fmt: skip

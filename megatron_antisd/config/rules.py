@@ -19,14 +19,12 @@ from typing import Any
 from megatron_antisd.config import ConfigError, ParallelConfig, RunConfig
 from megatron_antisd.config.benchmarks import BENCHMARKS
 from megatron_antisd.config.memory_rules import expert_form_problems, lever_problems
+from megatron_antisd.config.rollout_rules import rollout_problems, vllm_problems
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe", "olmo3")
 
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Those that do not depend on how long a sequence is."""
-
-# vLLM 0.32, v1/attention/backends/cpu_attn.py. 16 starts and then fails at the first request.
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Those that hold a vocabulary; the first one found is read."""
@@ -87,6 +85,7 @@ def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: in
         yield from _batch_problems(config, world_size)
         yield from _profile_problems(config)
     yield from lever_problems(config, model.get("model_type"))
+    yield from rollout_problems(config, moe=model.get("model_type") == "qwen3_moe")
     yield from _model_problems(config.parallel, model)
     model = _complete(model)
     if model.get("model_type") not in SUPPORTED_MODEL_TYPES or _missing(model):
@@ -94,7 +93,7 @@ def _layout_problems(config: RunConfig, model: Mapping[str, Any], world_size: in
     yield from expert_form_problems(config, model)
     yield from _length_problems(config, model)
     if config.rollout.engine == "vllm":
-        yield from _vllm_problems(config, model, moe=model["model_type"] == "qwen3_moe", cpu=cpu)
+        yield from vllm_problems(config, model, moe=model["model_type"] == "qwen3_moe", cpu=cpu)
 
 
 def _model_problems(parallel: ParallelConfig, model: Mapping[str, Any]) -> Iterator[str]:
@@ -170,7 +169,7 @@ def _world_problems(config: RunConfig, world_size: int) -> Iterator[str]:
                f"expert_parallel_size={p.expert_parallel_size} * pipeline_parallel_size={p.pipeline_parallel_size} = {expert_ranks}")
     yield from _virtual_problems(p)
     engine = config.rollout.tensor_parallel_size
-    if config.rollout.engine == "vllm" and world_size % engine:
+    if config.rollout.engine == "vllm" and config.rollout.mode == "colocated" and world_size % engine:
         yield (f"world size {world_size} must be divisible by rollout.tensor_parallel_size={engine}: "
                "the engine's replicas share out all ranks")
 
@@ -250,23 +249,6 @@ def _length_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[st
                         ("evaluation.max_new_tokens", config.evaluation.max_new_tokens)):
         if tokens is not None and tokens >= context:
             yield f"{key}={tokens} must be less than {where}={context}: the prompt needs room too"
-
-
-def _vllm_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool, cpu: bool) -> Iterator[str]:
-    tp = config.rollout.tensor_parallel_size
-    heads, groups = model["num_attention_heads"], model["num_key_value_heads"]
-    if heads % tp:
-        yield f"the model's num_attention_heads={heads} must be divisible by rollout.tensor_parallel_size={tp}"
-    if groups % tp and tp % groups:
-        yield f"the model's num_key_value_heads={groups} must be a multiple or a divisor of rollout.tensor_parallel_size={tp}"
-    key = "moe_intermediate_size" if moe else "intermediate_size"
-    if model[key] % tp:
-        yield f"the model's {key}={model[key]} must be divisible by rollout.tensor_parallel_size={tp}"
-    if moe and tp > model["num_experts"]:
-        yield f"rollout.tensor_parallel_size={tp} must not exceed the model's num_experts={model['num_experts']}"
-    if cpu and model["head_dim"] not in VLLM_CPU_HEAD_SIZES:
-        yield (f"the model's head_dim={model['head_dim']} is not one vLLM has on CPU "
-               f"({', '.join(map(str, VLLM_CPU_HEAD_SIZES))}); set rollout.engine=megatron")
 
 
 # --- files and packages ---

@@ -1,4 +1,4 @@
-"""Every configuration key: its type, default and meaning stand here, those of model and trainer in `training`,
+"""Every configuration key: its type, default and meaning stand here, those of model and trainer in `training`, those of rollouts in `rollout`,
 those that keep a run alive in `reliability`, and nowhere else."""
 
 from __future__ import annotations
@@ -11,6 +11,16 @@ from pydantic import Field, JsonValue, model_validator
 
 from megatron_antisd.config.benchmarks import BENCHMARKS, default_path
 from megatron_antisd.config.reliability import CheckpointConfig, HealthConfig, SupervisionConfig
+from megatron_antisd.config.rollout import (
+    AsynchronyConfig,
+    CorrectionConfig,
+    NoiseFloorConfig,
+    RolloutConfig,
+    RoutingConfig,
+    ServersConfig,
+    SyncConfig,
+    TailsConfig,
+)
 from megatron_antisd.config.training import ModelConfig, OptimizerConfig, ParallelConfig, Section, TrainerConfig
 
 DEFAULT_PRIVILEGED_TEMPLATE = (
@@ -79,42 +89,6 @@ class DataConfig(Section):
     """Passed to the tokenizer's chat template (enable_thinking, say)."""
     shuffle: bool = True
     """A new order each epoch, from run.seed."""
-
-
-class RolloutConfig(Section):
-    engine: Literal["vllm", "megatron"] = "vllm"
-    """Who generates: vLLM, or the training model itself."""
-    problems_per_step: int = Field(32, ge=1)
-    """Problems drawn a step."""
-    group_size: int = Field(8, ge=2)
-    """G. One rollout has no group to compare with, so at least 2."""
-    max_new_tokens: int = Field(8192, ge=1)
-    """Longest response; one that meets it is truncated."""
-    max_context: int | None = Field(None, ge=2)
-    """Prompt + response bound; None takes the model's."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature in training; scores use it too."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus in training. Below 1 the engine's log-probs are over the nucleus, the trainer's are not."""
-    tensor_parallel_size: int = Field(1, ge=1)
-    """Engine TP; the rest of the world is replicas."""
-    max_sequences: int = Field(256, ge=1)
-    """Sequences an engine replica decodes at once."""
-    memory_fraction: float = Field(0.45, gt=0, lt=1)
-    """GPU memory share of the engine."""
-    kv_cache_bytes: int | None = Field(None, ge=1 << 20)
-    """Fixed KV cache size instead of a share; on CPU 256 MiB when unset."""
-    sync_bucket_bytes: int = Field(512 << 20, ge=1 << 10)
-    """Weights on their way to the engine at once: what a rank holds beside its shards during a sync (a larger tensor goes alone)."""
-    ignore_eos: bool = False
-    """Decode every response to `max_new_tokens`: for benchmarks with fixed lengths."""
-    probe_max_mean: float | None = Field(None, gt=0)
-    """Largest mean |engine - trainer log-prob| the probe after a weight sync accepts; None takes 1e-4 in float32, 0.1 in bfloat16."""
-    max_restarts: int = Field(3, ge=0)
-    """Restarts of a broken engine in the life of this process, whatever step they fall in; the failure after that ends the run. 0: none."""
-    stall_seconds: float = Field(300.0, gt=0)
-    """An engine whose decoding step lasts longer than this has stopped answering and is restarted; below `supervision.generate_seconds`, which ends
-    the run."""
 
 
 class GradingConfig(Section):
@@ -233,6 +207,13 @@ class RunConfig(Section):
     gate: GateConfig = GateConfig()
     privileged: PrivilegedConfig = PrivilegedConfig()
     rollout: RolloutConfig = RolloutConfig()
+    routing: RoutingConfig = RoutingConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    noise_floor: NoiseFloorConfig = NoiseFloorConfig()
+    tails: TailsConfig = TailsConfig()
+    sync: SyncConfig = SyncConfig()
+    servers: ServersConfig = ServersConfig()
+    asynchrony: AsynchronyConfig = AsynchronyConfig()
     trainer: TrainerConfig = TrainerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     grading: GradingConfig = GradingConfig()

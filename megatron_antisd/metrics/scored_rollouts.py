@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_antisd.durable import write_whole
 from megatron_antisd.metrics.files import ROLLOUTS, MetricsError, json_line
-from megatron_antisd.records import PrivilegedView, Rollout, ScoredGroup, ScoredRollout, ScoringView, problem_from_json
+from megatron_antisd.records import PrivilegedView, ScoredGroup, ScoredRollout, ScoringView, problem_from_json, rollout_from_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,8 @@ def _group(row: dict[str, Any]) -> ScoredGroup:
 
 def _scored(fields: dict[str, Any], prompts: Sequence[tuple[int, ...]]) -> ScoredRollout:
     privileged, student, teacher = (fields.pop(name) for name in ("privileged", "student_log_prob", "teacher_log_prob"))
-    sequences = {name: tuple(fields[name]) for name in ("response_ids", "engine_log_probs")}
     prompt_ids = prompts[fields.pop("prompt")]
-    rollout = Rollout(**{**fields, **sequences, "prompt_ids": prompt_ids})
+    rollout = rollout_from_json({**fields, "prompt_ids": prompt_ids})
     place = privileged.pop("prompt")
     view = None if place is None else ScoringView(prompt_ids=prompts[place], response_ids=rollout.response_ids)
     return ScoredRollout(rollout=rollout, privileged=PrivilegedView(view=view, **privileged),

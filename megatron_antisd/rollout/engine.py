@@ -48,6 +48,16 @@ class Request:
     prompt_ids: tuple[int, ...]
     seed: int
     """0 .. 2^63 - 1."""
+    expected_tokens: int | None = None
+    """How long the response may become, by earlier ones on the same problem; None: unknown. For schedulers; the draw does not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quota:
+    """When a generation may end early: `groups` groups of `group_size` consecutive requests are complete. The others are given up."""
+
+    groups: int
+    group_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,8 @@ class Generation:
     where top_p < 1), nats; as many as ids."""
     truncated: bool
     """True when `max_new_tokens` ended the response."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """(policy version, number of ids) of each stretch drawn from one set of weights, in order; empty where all are of the engine's present one."""
 
 
 Finished = Callable[[Sequence[tuple[int, tuple[int, ...]]]], None]

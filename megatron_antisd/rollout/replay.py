@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_antisd.durable import write_whole
-from megatron_antisd.records import Rollout, RolloutGroup, problem_from_json
+from megatron_antisd.records import RolloutGroup, problem_from_json, rollout_from_json
 
 
 class ReplayError(ValueError):
@@ -42,11 +42,7 @@ def read_rollouts(path: Path) -> list[RolloutGroup]:
 
 
 def _group(row: dict) -> RolloutGroup:
-    rollouts = []
-    for fields in row["rollouts"]:
-        sequences = {name: tuple(fields[name]) for name in ("prompt_ids", "response_ids", "engine_log_probs")}
-        rollouts.append(Rollout(**{**fields, **sequences}))
-    return RolloutGroup(problem=problem_from_json(row["problem"]), rollouts=tuple(rollouts))
+    return RolloutGroup(problem=problem_from_json(row["problem"]), rollouts=tuple(rollout_from_json(fields) for fields in row["rollouts"]))
 
 
 def _path(directory: str | Path, step: int) -> Path:

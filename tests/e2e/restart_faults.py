@@ -90,7 +90,7 @@ def _in_the_middle(step: int, act: Callable[[], None], *, times: int, sampling: 
         due = self.policy_version >= step - 1 and not given.ignore_eos and given.max_new_tokens == length
         if last and due and left[0]:
             left[0] -= 1
-            engine = self._llm.llm_engine
+            engine = self._replica._llm.llm_engine
             original, calls = engine.step, []
 
             def failing_step() -> Any:

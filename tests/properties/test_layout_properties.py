@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_antisd.config import ConfigError, RunConfig, build_config
-from megatron_antisd.config.rules import VLLM_CPU_HEAD_SIZES, check_layout, check_model, data_parallel_size
+from megatron_antisd.config.rollout_rules import VLLM_CPU_HEAD_SIZES
+from megatron_antisd.config.rules import check_layout, check_model, data_parallel_size
 
 SIZE = st.sampled_from([1, 1, 1, 2, 2, 2, 3, 4])
 NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",

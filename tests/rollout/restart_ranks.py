@@ -51,7 +51,7 @@ def fail_in_step(engine: RestartingEngine, number: int, act: Callable[[], Any], 
     """In decoding step `number` of the present engine, on one rank or all."""
     if rank not in (None, dist.get_rank()):
         return
-    llm = engine._engine._llm.llm_engine
+    llm = engine._engine._replica._llm.llm_engine
     step, count = llm.step, iter(range(1000))
 
     def failing_step() -> Any:
@@ -105,7 +105,7 @@ def facts_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict[st
     fail_in_step(engine, 5, die, rank=1)
     facts["present weights"] = engine.generate(REQUESTS, FIXED) == updated and engine.policy_version == 1
     if dist.get_rank() == 1:
-        engine._engine._llm.reset_prefix_cache = die
+        engine._engine._replica._llm.reset_prefix_cache = die
     engine.load_weights(iter(tensors[0].items()), 0)
     facts["failed update"] = engine.generate(REQUESTS, FIXED) == undisturbed and engine.policy_version == 0 and engine.take_restarts() == 2
     return facts
@@ -121,7 +121,7 @@ def refusals_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict
 
     def build_to_fail() -> Engine:
         new = build()
-        new._llm.llm_engine.step = die
+        new._replica._llm.llm_engine.step = die
         return new
 
     engine._build = build_to_fail

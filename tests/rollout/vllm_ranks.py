@@ -116,10 +116,10 @@ def update_facts(engine: VllmEngine, old: Any, new: Any, old_tensors: dict[str, 
     facts["after_vs_old"] = mean_difference(old, requests, generations)
     facts["version"] = engine.policy_version
     # Without the reset: the prompt's blocks stay those of the weights before.
-    reset, engine._llm.reset_prefix_cache = engine._llm.reset_prefix_cache, lambda: True
+    reset, engine._replica._llm.reset_prefix_cache = engine._replica._llm.reset_prefix_cache, lambda: True
     engine.load_weights(iter(old_tensors.items()), version=2)
     facts["stale_cache"] = mean_difference(old, requests, engine.generate(requests, FIXED))
-    engine._llm.reset_prefix_cache = reset
+    engine._replica._llm.reset_prefix_cache = reset
     engine.load_weights(iter(new_tensors.items()), version=3)
     facts["after_again"] = mean_difference(new, requests, engine.generate(requests, FIXED))
     return facts
@@ -146,14 +146,14 @@ def failure_facts(engine: VllmEngine, tensors: dict[str, Any]) -> dict[str, Any]
     facts: dict[str, Any] = {
         "disagreement": error_of(lambda: engine.generate(make_requests(2, length=4, seed=dist.get_rank()), FIXED))}
     if dist.get_rank() == 1:  # vLLM raises in the middle of a run, on one rank alone
-        step, count = engine._llm.llm_engine.step, iter(range(100))
+        step, count = engine._replica._llm.llm_engine.step, iter(range(100))
 
         def failing_step() -> Any:
             if next(count) == 3:
                 raise RuntimeError("out of something")
             return step()
 
-        engine._llm.llm_engine.step = failing_step
+        engine._replica._llm.llm_engine.step = failing_step
     begin = time.perf_counter()
     facts["one_rank"] = error_of(lambda: engine.generate(make_requests(6, length=9), FIXED))
     facts["one_rank_seconds"] = time.perf_counter() - begin
