@@ -50,6 +50,8 @@ class Request:
     """0 .. 2^63 - 1."""
     expected_tokens: int | None = None
     """How long the response may become, by earlier ones on the same problem; None: unknown. For schedulers; the draw does not depend on it."""
+    place: int | None = None
+    """The copy of the weights that must answer, modulo their number: for what asks all of them. None: any; the engines of one process take none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +87,13 @@ class Engine(Protocol):
     policy_version: int
     """The number of weight updates the present weights have seen."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
-        """All generations, in the order of the requests, on every rank. The engine spreads the requests over its replicas.
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
+                 quota: Quota | None = None) -> list[Generation | None]:
+        """All generations, in the order of the requests, on every rank. The engine spreads the requests over its replicas (`spreading`).
 
         `finished` is called between decoding steps, with or without responses that are done; every response is reported on one rank.
+        With a `quota` exactly its number of whole groups comes back and the requests of the others are None, though `finished` may have been told
+        of some of them; without one nothing is None.
         Raises EngineError: a prompt that leaves no room for `max_new_tokens`, requests that differ between ranks; EngineFailure where it breaks.
         """
         ...

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from megatron_antisd.models.attention import KeyValueCache, PackedSequences
 from megatron_antisd.parallel.rows import lone_filler
 from megatron_antisd.parallel.trainer import Trainer
-from megatron_antisd.rollout.engine import EngineError, EngineFailure, Finished, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import EngineError, EngineFailure, Finished, Generation, Quota, Request, Sampling, check_requests
+from megatron_antisd.rollout.spreading import GroupCount, Part, spread
 
 _DONE, _RUNNING, _FAILED = 0, 1, 2
 _log = logging.getLogger(__name__)
@@ -60,23 +61,29 @@ class MegatronEngine:
         one = self._layout.world_size == 1
         self._reports = None if one else dist.new_group(backend="gloo", timeout=timedelta(seconds=stall_seconds))
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
-        """See Engine.generate. Replica i takes the i-th contiguous part. Raises EngineError on all ranks for logits that are not finite,
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
+                 quota: Quota | None = None) -> list[Generation | None]:
+        """See Engine.generate. With a quota a replica stops at its share (`spread`). Raises EngineError on all ranks for logits that are not finite,
         EngineFailure where all ranks raised something, out of memory say. Where only some did, the others wait for them in the model's collectives:
         those that raised say so in the log, wait `stall_seconds`, and raise what it was, which ends the job."""
         if self._closed:
             raise EngineError("generate: the engine is closed")
-        self._require_agreement(requests, sampling)
+        self._require_agreement(requests, sampling, quota)
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._vocab_size)
         replicas, mine = self._layout.replica_size, self._layout.replica_rank
-        bounds = [len(requests) * i // replicas for i in range(replicas + 1)]
-        part = self._agreed(lambda: self._generate(requests[bounds[mine]:bounds[mine + 1]], sampling, bounds[mine], finished))
-        parts: list[list[Generation]] = [part] * replicas
+        parts = spread(requests, replicas, quota)
+        size = 1 if quota is None else quota.group_size
+        part = self._agreed(lambda: self._generate(requests, parts[mine], size, sampling, finished))
+        done: list[list[Generation | None]] = [part] * replicas
         if replicas > 1:
-            dist.all_gather_object(parts, part, group=self._layout.replicas)
-        return [generation for part in parts for generation in part]
+            dist.all_gather_object(done, part, group=self._layout.replicas)
+        results: list[Generation | None] = [None] * len(requests)
+        for each, generations in zip(parts, done, strict=True):
+            for index, generation in zip(each.indices, generations, strict=True):
+                results[index] = generation
+        return results
 
-    def _agreed(self, action: Callable[[], list[Generation]]) -> list[Generation]:
+    def _agreed(self, action: Callable[[], list[Generation | None]]) -> list[Generation | None]:
         part, error = [], None
         try:
             part = action()
@@ -122,20 +129,22 @@ class MegatronEngine:
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling, first: int, finished: Finished | None) -> list[Generation]:
-        """This replica's part, requests `first` and following of all. Its ranks all see each response; they report them in turns."""
+    def _generate(self, requests: Sequence[Request], part: Part, group_size: int, sampling: Sampling,
+                  finished: Finished | None) -> list[Generation | None]:
+        """This replica's part of the requests. Its ranks all see each response; they report them in turns."""
         ranks = self._layout.tensor_size * self._layout.pipeline_size
         turn = self._layout.tensor_rank + self._layout.tensor_size * self._layout.pipeline_rank
-        batch = _Batch(requests, sampling, slots=self._max_sequences, prefill_tokens=self._prefill_tokens,
+        count = GroupCount(len(part.indices), group_size=group_size, quota=part.quota)
+        batch = _Batch([requests[i] for i in part.indices], sampling, slots=self._max_sequences, prefill_tokens=self._prefill_tokens,
                        multiple=self._layout.tensor_size, device=self._layout.device)
         failed = False
         while True:
-            row = None if failed else batch.next_row()
+            row = None if failed or count.met else batch.next_row()
             state = self._agree(_FAILED if failed else _DONE if row is None else _RUNNING)
             if state == _FAILED:
                 raise EngineError("generate: the model gave logits that are not finite; its weights are broken (a diverged update?)")
             if state == _DONE:
-                return batch.generations()
+                return [generation if count.keeps(place) else None for place, generation in enumerate(batch.generations())]
             if row is None:
                 self._idle()
                 continue
@@ -144,8 +153,9 @@ class MegatronEngine:
             if failed:
                 continue
             done = batch.record(row, ids.tolist(), log_probs.tolist())
+            count.add(place for place, _ in done)
             if finished is not None:
-                finished([(first + place, response) for place, response in done if place % ranks == turn])
+                finished([(part.indices[place], response) for place, response in done if place % ranks == turn])
 
     def _idle(self) -> None:
         """A row of padding alone, to keep the other replicas company."""
@@ -193,11 +203,11 @@ class MegatronEngine:
         whole = torch.cat(shards.chunk(self._layout.tensor_size), dim=1)  # [n, V_padded], the padding last
         return whole[:, : self._vocab_size]
 
-    def _require_agreement(self, requests: Sequence[Request], sampling: Sampling) -> None:
+    def _require_agreement(self, requests: Sequence[Request], sampling: Sampling, quota: Quota | None) -> None:
         """Ranks with different requests would wait for each other in different rows; refuse before the first."""
         if self._layout.world_size == 1:
             return
-        digest = zlib.crc32(repr((sampling, [(r.seed, r.prompt_ids) for r in requests])).encode())
+        digest = zlib.crc32(repr((sampling, quota, [(r.seed, r.prompt_ids, r.expected_tokens) for r in requests])).encode())
         digests = torch.zeros(self._layout.world_size, dtype=torch.int64, device=self._layout.device)
         dist.all_gather_into_tensor(digests, torch.tensor([digest], device=self._layout.device))
         different = [rank for rank, other in enumerate(digests.tolist()) if other != int(digests[0])]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from megatron_antisd.rollout.engine import Engine, EngineError, EngineFailure, Finished, Generation, Request, Sampling
+from megatron_antisd.rollout.engine import Engine, EngineError, EngineFailure, Finished, Generation, Quota, Request, Sampling
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class RestartingEngine:
@@ -36,12 +38,17 @@ class RestartingEngine:
         new, self._counted = self._restarts - self._counted, self._restarts
         return new
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
+                 quota: Quota | None = None) -> list[Generation | None]:
         """See Engine.generate. After a restart `finished` is told of responses that it was told of before: of the same tokens, where the engine's
         arithmetic does not depend on the batch, else of others; those returned count."""
+        return self.attempt(lambda engine: engine.generate(requests, sampling, finished, quota))
+
+    def attempt(self, action: Callable[[Any], T]) -> T:
+        """`action(engine)`, and again with each new engine after it raised EngineFailure. For what only some engines can do, too."""
         while True:
             try:
-                return self._engine.generate(requests, sampling, finished)
+                return action(self._engine)
             except EngineFailure as error:
                 failure = error
             self._restart(failure, self.policy_version)

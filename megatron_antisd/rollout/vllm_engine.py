@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_antisd.config import RolloutConfig
-from megatron_antisd.rollout.engine import EngineError, EngineFailure, Finished, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import EngineError, EngineFailure, Finished, Generation, Quota, Request, Sampling, check_requests
+from megatron_antisd.rollout.spreading import GroupCount, Part, spread
 from megatron_antisd.rollout.vllm_replica import VllmReplica, engine_arguments
 
 _log = logging.getLogger(__name__)
@@ -80,33 +81,43 @@ class VllmEngine:
 
     # -- generation
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
-        """See Engine.generate. Replica i takes the i-th contiguous part, so that a group shares its prompt's cache."""
-        self._require_agreement(_digest(requests, sampling))
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
+                 quota: Quota | None = None) -> list[Generation | None]:
+        """See Engine.generate. With a quota a replica stops at its share (`spread`); in-process engines stop at the same decoding step every time."""
+        self._require_agreement(_digest(requests, sampling, quota))
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._replica.vocab_size)
-        bounds = [len(requests) * i // self._replicas for i in range(self._replicas + 1)]
-        mine = self._rank // self._tensor_parallel
-        part = requests[bounds[mine]:bounds[mine + 1]]
-        parts = self._collective("generate", lambda: self._generate(part, sampling, bounds[mine], finished))
-        for rank, generations in enumerate(parts):
-            if generations != parts[rank // self._tensor_parallel * self._tensor_parallel]:
+        parts = spread(requests, self._replicas, quota)
+        mine = parts[self._rank // self._tensor_parallel]
+        size = 1 if quota is None else quota.group_size
+        done = self._collective("generate", lambda: self._generate(requests, mine, size, sampling, finished))
+        for rank, generations in enumerate(done):
+            if generations != done[rank // self._tensor_parallel * self._tensor_parallel]:
                 self._failure = "generate: the tensor-parallel ranks of one replica drew different tokens"
                 raise EngineFailure(self._failure)
-        return [generation for generations in parts[::self._tensor_parallel] for generation in generations]
+        results: list[Generation | None] = [None] * len(requests)
+        for part, generations in zip(parts, done[::self._tensor_parallel], strict=True):
+            for index, generation in zip(part.indices, generations, strict=True):
+                results[index] = generation
+        return results
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling, first: int, finished: Finished | None) -> list[Generation]:
-        """This replica's requests, `first` and following of all. Its tensor-parallel ranks all see each response; they report them in turns."""
+    def _generate(self, requests: Sequence[Request], part: Part, group_size: int, sampling: Sampling,
+                  finished: Finished | None) -> list[Generation | None]:
+        """This replica's part of the requests. Its tensor-parallel ranks all see each response; they report them in turns."""
         replica, done = self._replica, {}
+        count = GroupCount(len(part.indices), group_size=group_size, quota=part.quota)
         with replica.decoding():
-            for place, request in enumerate(requests):
-                replica.add(str(place), request, sampling)
-            while replica.busy:
+            for place, index in enumerate(part.indices if not count.met else ()):
+                replica.add(str(place), requests[index], sampling)
+            while replica.busy and not count.met:
                 new = {int(name): generation for name, generation in replica.step().items()}
                 done |= new
+                count.add(new)
                 if finished is not None:
-                    finished([(first + place, generation.response_ids) for place, generation in new.items()
+                    finished([(part.indices[place], generation.response_ids) for place, generation in new.items()
                               if place % self._tensor_parallel == self._rank % self._tensor_parallel])
-        return [done[place] for place in range(len(requests))]
+            if replica.busy:
+                replica.stop([str(place) for place in range(len(part.indices)) if place not in done])
+        return [done[place] if count.keeps(place) else None for place in range(len(part.indices))]
 
     # -- weights
 
@@ -186,5 +197,5 @@ class VllmEngine:
         return [result for _, _, result in reports]
 
 
-def _digest(requests: Sequence[Request], sampling: Sampling) -> int:
-    return zlib.crc32(repr((sampling, [(r.seed, r.prompt_ids) for r in requests])).encode())
+def _digest(requests: Sequence[Request], sampling: Sampling, quota: Quota | None) -> int:
+    return zlib.crc32(repr((sampling, quota, [(r.seed, r.prompt_ids, r.expected_tokens) for r in requests])).encode())

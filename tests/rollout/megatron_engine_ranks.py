@@ -16,13 +16,14 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from finished import reported
+from quotas import quota_facts
 from tiny import VOCAB
 
 from megatron_antisd.compat import megatron_cpu
 from megatron_antisd.config import build_config
 from megatron_antisd.parallel.layout import build_layout, start_process_group
 from megatron_antisd.records import ScoringView, TrainingBatch
-from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling
+from megatron_antisd.rollout.engine import EngineError, Generation, Quota, Request, Sampling
 
 CONTEXT, NEW = 64, 12
 PROMPT, SEEDS = (5, 9, 33), 4000
@@ -90,6 +91,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     generations, told, calls = reported(engine.generate, requests, FREE)
     facts["each_is_reported_once"] = sorted(told) == [(i, g.response_ids) for i, g in enumerate(generations)] and generations == facts["free"]
     facts["reported_while_decoding"] = min(calls) > 2
+    facts["quota"] = quota_facts(engine, make_requests(12), FREE, Quota(groups=2, group_size=3))
     facts["alone"] = engine.generate(requests[2:3], FREE)
     facts["none"] = engine.generate([], FREE)
     facts["too_long"] = error_of(lambda: engine.generate([Request(prompt_ids=(1,) * 53, seed=0)], FREE))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_antisd.records import Problem
-from megatron_antisd.rollout.engine import EngineError, Finished, Generation, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import EngineError, Finished, Generation, Quota, Request, Sampling, check_requests
 from megatron_antisd.rollout.groups import generate_groups, rollout_seed
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_token_ids=(2,))
@@ -20,7 +20,8 @@ class Echo:
 
     policy_version = 11
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None) -> list[Generation]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
+                 quota: Quota | None = None) -> list[Generation | None]:
         return [Generation(response_ids=(r.seed % 1000,), log_probs=(-0.5,), truncated=False) for r in requests]
 
 

@@ -154,6 +154,12 @@ def test_a_draw_depends_on_its_request_alone(runs: Runs, layout: str, kind: str)
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_a_quota_gives_up_whole_groups_and_changes_no_draw(runs: Runs, layout: str, kind: str) -> None:
+    found = runs.facts(layout, kind)["quota"]
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_responses_end_where_they_should(runs: Runs, layout: str, kind: str) -> None:
     facts = runs.facts(layout, kind)
     for generation in facts["free"]:

@@ -80,6 +80,12 @@ def test_sampling(facts: dict[str, Any], layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dense_tp1", "moe_tp2"])
+def test_a_quota_gives_up_whole_groups_and_changes_no_draw(facts: dict[str, Any], layout: str) -> None:
+    found = facts[layout]["sampling"]["quota"]
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize("layout", ["dense_tp1", "moe_tp2"])
 def test_log_probs_are_those_of_the_sampling_distribution(facts: dict[str, Any], layout: str) -> None:
     found = facts[layout]["sampling"]
     assert found["cool"] < AGREES, "at temperature 0.5 they are log softmax(logits / 0.5)"

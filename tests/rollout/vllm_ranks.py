@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from finished import reported
+from quotas import quota_facts
 from tiny_models import CONTEXT, VOCAB, log_probs, make_model, save
 
 from megatron_antisd.config import RolloutConfig
-from megatron_antisd.rollout.engine import EngineError, Generation, Request, Sampling
+from megatron_antisd.rollout.engine import EngineError, Generation, Quota, Request, Sampling
 from megatron_antisd.rollout.vllm_engine import VllmEngine
 
 STOPS = tuple(range(0, VOCAB, 8))  # so many that these random models draw one now and then
@@ -87,6 +88,7 @@ def sampling_facts(engine: VllmEngine, model: Any) -> dict[str, Any]:
         "nucleus_gain": _nucleus_gain(model, requests, engine.generate(requests, nucleus)),
         "too_long": error_of(lambda: engine.generate([*requests, Request(prompt_ids=(5,) * 501, seed=0)], SAMPLING)),
         "foreign_id": error_of(lambda: engine.generate([Request(prompt_ids=(5, VOCAB), seed=0)], SAMPLING)),
+        "quota": quota_facts(engine, make_requests(24, length=5), SAMPLING, Quota(groups=3, group_size=4)),
         "usable_after_refusal": engine.generate(requests, SAMPLING) == first,
     }
 
