@@ -5,7 +5,8 @@ predicts response token `t`. The last response token is never an input. No paddi
 of concatenated sequences, filled at its end to the multiple that its tensor- and context-parallel ranks divide.
 
 Views whose prompts begin alike (a group's rollouts; a teacher's prompts, which hold one of two solutions and end in the feedback) share
-that beginning: the row holds it once, as a sequence of its own, the trunk, and the rest of each view as a sequence that continues it.
+that beginning: the row holds it once, as a sequence of its own, the trunk, and the rest of each view as a sequence that continues it. A trunk's
+experts, where they are given, are those of the first view that has any.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from megatron_antisd.data.balance import Plan, plan_micro_batches
 from megatron_antisd.records import ScoringView
+from megatron_antisd.token_routes import FREE
 
 PARTS = (1, 2, 4, 8, 16, 32)
 """Of a rank's fair share of compute: how large a bundle of several views may be, tried one after the other."""
@@ -42,6 +44,8 @@ class MicroBatch:
     """[R] int64, positions in the row whose hidden state predicts a response token."""
     targets: torch.Tensor
     """[R] int64, those response tokens."""
+    routes: torch.Tensor | None = None
+    """[T, layers, top_k] int16 experts that are given, -1 where a token routes by itself; None where all do."""
     padding: int
     """Padding tokens at the end of the row."""
 
@@ -260,8 +264,35 @@ def pack(views: Sequence[ScoringView], bundles: Sequence[Bundle], multiple: int,
         continues=tuple(continues),
         predicting=torch.cat(predicting),
         targets=torch.tensor([token for index in indices for token in views[index].response_ids], dtype=torch.int64),
+        routes=_packed_routes(views, bundles, len(tokens)),
         padding=padding,
     )
+
+
+def input_places(views: Sequence[ScoringView], bundles: Sequence[Bundle]) -> list[torch.Tensor]:
+    """For each view of the row that `pack` makes, in its order: [input length] int64 positions of its input tokens, a shared trunk's included."""
+    places, start = [], 0
+    for bundle in bundles:
+        trunk = torch.arange(start, start + bundle.trunk)
+        start += bundle.trunk
+        for index in bundle.indices:
+            end = start + input_length(views[index]) - bundle.trunk
+            places.append(torch.cat([trunk, torch.arange(start, end)]))
+            start = end
+    return places
+
+
+def _packed_routes(views: Sequence[ScoringView], bundles: Sequence[Bundle], tokens: int) -> torch.Tensor | None:
+    """See MicroBatch.routes."""
+    held = [views[index].routes for bundle in bundles for index in bundle.indices]
+    known = next((routes for routes in held if routes is not None), None)
+    if known is None:
+        return None
+    packed = torch.full((tokens, known.layers, known.top_k), FREE, dtype=torch.int16)
+    for routes, places in reversed(list(zip(held, input_places(views, bundles), strict=True))):  # so that the first one's trunk stays
+        if routes is not None:
+            packed[places] = torch.from_numpy(routes.array())
+    return packed
 
 
 def _check_view(view: ScoringView, index: int) -> None:

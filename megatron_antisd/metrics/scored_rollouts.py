@@ -1,7 +1,7 @@
 """Scored rollouts in a run directory: `rollouts/step_000010.jsonl`, what the u-lens draws and the context audit checks.
 
 The first line is a header: `step`, `method` and `token_text`, the text of every token id that occurs, so that no tokenizer is needed to
-read the file. Then one group a line. A prompt that several rollouts share is written once.
+read the file. Then one group a line. A prompt that several rollouts share is written once; experts (`Rollout.routes`) are left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def scored_files(run_directory: Path) -> list[Path]:
 
 
 def read_scored(path: Path) -> ScoredStep:
-    """Read a file back, equal to what was written. Raises FileNotFoundError, or MetricsError that names the line and what is wrong with it."""
+    """Read a file back, equal to what was written less the rollouts' routes. Raises FileNotFoundError, or MetricsError that names the line and what
+    is wrong with it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run writes scored rollouts at evaluation steps (logging.rollout_groups)")
     rows = []
@@ -66,6 +67,7 @@ def _group_row(group: ScoredGroup) -> dict[str, Any]:
     rollouts = []
     for scored in group.rollouts:
         fields = dataclasses.asdict(scored.rollout)
+        del fields["routes"]  # hundreds of bytes a token, which no reader of these files looks at
         view = scored.privileged
         for ids in (scored.rollout.prompt_ids, *((view.view.prompt_ids,) if view.view else ())):
             if ids not in prompts:

@@ -30,6 +30,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_antisd.models.rotary import FULL, SLIDING, Frequencies
+from megatron_antisd.models.routing import RowRoutes
 
 
 @dataclass
@@ -93,6 +94,8 @@ class PackedSequences(PackedSeqParams):
     """[T] cache slot of each token, -1 for none; with a cache only."""
     decode: bool = False
     """One new token per sequence, attending to the cache."""
+    routes: RowRoutes | None = None
+    """The row's experts, for the routers (`models.routing`); None: they choose and nothing is kept."""
 
     @cached_property
     def remembered(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

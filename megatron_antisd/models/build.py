@@ -22,6 +22,7 @@ from megatron_antisd.models.description import FAMILIES, ModelDescription, descr
 from megatron_antisd.models.experts import Experts
 from megatron_antisd.models.norm import TorchRMSNorm
 from megatron_antisd.models.rotary import frequencies
+from megatron_antisd.models.routing import RoutedLayer
 
 __all__ = ["FAMILIES", "ModelDescription", "PolicyModel", "build_model", "describe", "local_layer_spec", "transformer_config"]
 
@@ -139,6 +140,8 @@ def build_model(description: ModelDescription, model: ModelConfig, parallel: Par
     specialise = getattr(FAMILIES[description.hf["model_type"]], "specialise", None)
     if specialise is not None:
         specialise(spec, model.spec)
+    if description.experts:
+        spec.module = RoutedLayer
     chunks = [_build_chunk(description, config, spec, stage) for stage in range(parallel.virtual_pipeline_size)]
     for chunk in chunks:
         chunk.layer_spec = model.spec

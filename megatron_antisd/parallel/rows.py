@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_antisd.data.packing import CostModel, MicroBatch, pack, plan_bundles
+from megatron_antisd.data.packing import Bundle, CostModel, MicroBatch, input_length, input_places, pack, plan_bundles
 from megatron_antisd.models.attention import PackedSequences, context_part
 from megatron_antisd.models.description import FAMILIES, ModelDescription
+from megatron_antisd.models.routing import RowRoutes
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.records import ScoringView
 
@@ -29,6 +31,9 @@ class Row:
     """[R] those response tokens."""
     where: torch.Tensor
     """[R] their places in the batch's vector of all response tokens; on the host."""
+    recorded: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Where experts are recorded: [M] places among the tokens that this rank's routers see, and [M] in the batch's vector of all input tokens
+    (`packing.input_length` of each view), where the experts chosen for them belong; a trunk's tokens stand there once for each view. On the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +64,10 @@ def cost_model(description: ModelDescription) -> CostModel:
                      pairs=tuple((window, pair * layers) for window, layers in windows.items()))
 
 
-def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int, *, model: CostModel) -> RowPlan:
-    """Pack `views` into rows of up to `limit` tokens for all data-parallel ranks, equally costly by `model`; keep this rank's."""
+def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int, *, model: CostModel,
+              record: tuple[int, int] | None = None) -> RowPlan:
+    """Pack `views` into rows of up to `limit` tokens for all data-parallel ranks, equally costly by `model`; keep this rank's. `record`: (layers,
+    top_k) of a model whose routers' choices are kept."""
     lengths = tuple(len(view.response_ids) for view in views)
     first = torch.tensor([0, *lengths]).cumsum(0)
     bundles, plan = plan_bundles(views, layout.data_size, limit, model)
@@ -70,8 +77,10 @@ def plan_rows(views: Sequence[ScoringView], layout: ProcessLayout, limit: int, *
     padding = sum(-length % layout.row_multiple for length in real) + fillers * layout.row_multiple * layout.data_size
     rows = []
     for numbers in plan[layout.data_rank]:
-        micro = pack(views, [bundles[b] for b in numbers], multiple=layout.row_multiple)
-        rows.append(_row(micro, torch.cat([torch.arange(first[i], first[i + 1]) for i in micro.indices]), layout))
+        held = [bundles[b] for b in numbers]
+        micro = pack(views, held, multiple=layout.row_multiple)
+        row = _row(micro, torch.cat([torch.arange(first[i], first[i + 1]) for i in micro.indices]), layout, record=record)
+        rows.append(row if record is None else dataclasses.replace(row, recorded=_recorded_places(views, held, micro, layout)))
     return RowPlan(rows=tuple(rows + [filler(layout)] * fillers), lengths=lengths, padding_share=padding / (sum(real) + padding))
 
 
@@ -95,7 +104,34 @@ def lone_filler(layout: ProcessLayout) -> Row:
     return lone_row(torch.zeros(tokens, dtype=torch.int64), PackedSequences.of([tokens], layout.device), layout)
 
 
-def _row(micro: MicroBatch, where: torch.Tensor, layout: ProcessLayout) -> Row:
+def _router_part(tokens: int, layout: ProcessLayout) -> torch.Tensor:
+    """[T / CP / TP] the tokens of a row of T that this rank's routers see: under sequence parallelism its part of those it holds."""
+    return context_part(tokens, layout.context_rank, layout.context_size).chunk(layout.tensor_size)[layout.tensor_rank]
+
+
+def _recorded_places(views: Sequence[ScoringView], bundles: Sequence[Bundle], micro: MicroBatch,
+                     layout: ProcessLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """See Row.recorded."""
+    part = _router_part(len(micro.input_ids), layout)
+    local = torch.full((len(micro.input_ids),), -1)
+    local[part] = torch.arange(len(part))
+    first = torch.tensor([0, *map(input_length, views)]).cumsum(0)
+    places = torch.cat(input_places(views, bundles))
+    targets = torch.cat([torch.arange(first[i], first[i + 1]) for i in micro.indices])
+    mine = local[places] >= 0
+    return local[places][mine], targets[mine]
+
+
+def _row_routes(micro: MicroBatch, layout: ProcessLayout, record: tuple[int, int] | None) -> RowRoutes | None:
+    if micro.routes is None and record is None:
+        return None
+    part = _router_part(len(micro.input_ids), layout)
+    layers, top_k = record if micro.routes is None else micro.routes.shape[1:]
+    given = None if micro.routes is None else micro.routes[part].transpose(0, 1).contiguous()
+    return RowRoutes.of(given, (layers, len(part), top_k), layout.device, record=record is not None)
+
+
+def _row(micro: MicroBatch, where: torch.Tensor, layout: ProcessLayout, record: tuple[int, int] | None = None) -> Row:
     device = layout.device
     held = context_part(len(micro.input_ids), layout.context_rank, layout.context_size)
     local = torch.full((len(micro.input_ids),), -1)
@@ -103,6 +139,7 @@ def _row(micro: MicroBatch, where: torch.Tensor, layout: ProcessLayout) -> Row:
     predicting = local[micro.predicting]
     mine = predicting >= 0
     context = layout.context if layout.context_size > 1 else None
-    return Row(
-        input_ids=micro.input_ids[held].to(device), predicting=predicting[mine].to(device), targets=micro.targets[mine].to(device),
-        where=where[mine], packed=PackedSequences.of(micro.lengths, device, continues=micro.continues, context=context))
+    packed = PackedSequences.of(micro.lengths, device, continues=micro.continues, context=context)
+    packed.routes = _row_routes(micro, layout, record)
+    return Row(input_ids=micro.input_ids[held].to(device), predicting=predicting[mine].to(device), targets=micro.targets[mine].to(device),
+               where=where[mine], packed=packed)

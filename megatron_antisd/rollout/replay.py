@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_antisd.durable import write_whole
 from megatron_antisd.records import RolloutGroup, problem_from_json, rollout_from_json
+from megatron_antisd.token_routes import json_bytes
 
 
 class ReplayError(ValueError):
@@ -19,7 +20,7 @@ def save_rollouts(directory: str | Path, step: int, groups: Sequence[RolloutGrou
     """Write `directory/step_000001.jsonl`, a group a line; whole or not at all."""
     path = _path(directory, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, ((json.dumps(dataclasses.asdict(group)) + "\n").encode() for group in groups))
+    write_whole(path, ((json.dumps(dataclasses.asdict(group), default=json_bytes) + "\n").encode() for group in groups))
 
 
 def load_rollouts(directory: str | Path, step: int) -> list[RolloutGroup]:
