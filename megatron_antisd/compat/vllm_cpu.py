@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_antisd.compat import vllm_routes
+
 SUPPORTED_VLLM = "0.32."
 
 # What an in-process, offline engine needs. A value the user has set stands, except where the engine cannot work otherwise.
@@ -71,6 +73,7 @@ def install() -> None:
         warnings.warn(message, stacklevel=2)
     _keep_default_process_group()
     _let_go_of_reloaded_layers()
+    vllm_routes.install(cpu=cpu)
     if cpu:
         _prepack_experts_on_reload()
         _reduce_through_gloo()

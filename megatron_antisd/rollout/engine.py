@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from megatron_antisd.token_routes import TokenRoutes
+
 
 class EngineError(RuntimeError):
     """The engine cannot do what was asked, or it failed; raised on every rank with the same text."""
@@ -31,6 +33,8 @@ class Sampling:
     """Decode to `max_new_tokens` whatever is sampled: `stop_token_ids` are then plain tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a response (the tokenizer's end token among them); the sampled one is the response's last token."""
+    routes: bool = False
+    """Whether generations say which experts their tokens went to; the engine must have been built for it."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
@@ -75,6 +79,8 @@ class Generation:
     """True when `max_new_tokens` ended the response."""
     version_spans: tuple[tuple[int, int], ...] = ()
     """(policy version, number of ids) of each stretch drawn from one set of weights, in order; empty where all are of the engine's present one."""
+    routes: TokenRoutes | None = None
+    """Experts of prompt + response[:-1], all under the weights of the last span; None where `Sampling.routes` did not ask."""
 
 
 Finished = Callable[[Sequence[tuple[int, tuple[int, ...]]]], None]

@@ -45,10 +45,11 @@ class VllmEngine:
         hf_overrides: dict[str, Any] | None = None,
         policy_version: int = 0,
         timeout_seconds: float = 1800,
+        routes: bool = False,
     ) -> None:
         """`max_context` None takes `rollout.max_context`, then the model's. `load_format` dummy: random weights, for a model that
         gets its first weights from `load_weights`. `timeout_seconds` bounds how long a replica waits for the slowest one, beyond the time that
-        passes until an engine that stopped answering is noticed."""
+        passes until an engine that stopped answering is noticed. `routes`: see Sampling.routes; for a mixture of experts alone."""
         self._owns_process_group = not dist.is_initialized()
         world = 1 if self._owns_process_group else dist.get_world_size()
         self._rank = 0 if world == 1 else dist.get_rank()
@@ -65,7 +66,7 @@ class VllmEngine:
             raise EngineError("more than one rank but no RANK and LOCAL_RANK in the environment: start the ranks with torchrun")
         arguments = engine_arguments(
             rollout, dtype=dtype, seed=seed, max_context=max_context or rollout.max_context, load_format=load_format, hf_overrides=hf_overrides,
-            executor="external_launcher" if world > 1 else "uni")
+            executor="external_launcher" if world > 1 else "uni", routes=routes)
         self._replica = VllmReplica(model_path, arguments, stall_seconds=rollout.stall_seconds)
         try:
             self._collective("start", self._replica.start)

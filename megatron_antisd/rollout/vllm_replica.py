@@ -8,10 +8,11 @@ the training default, they are the model's own log-probs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ from megatron_antisd.compat import vllm_cpu
 from megatron_antisd.config import RolloutConfig
 from megatron_antisd.rollout.engine import EngineError, EngineFailure, Generation, Request, Sampling
 from megatron_antisd.rollout.stalls import StallWatch
+from megatron_antisd.token_routes import TokenRoutes
 
 CPU_KV_CACHE_BYTES = 256 << 20
+
+
+class SyncBroken(EngineError):
+    """A weight transfer did not come to its end. `torn`: some weights are new and some are old; else the old ones are whole and in use."""
+
+    def __init__(self, message: str, *, torn: bool) -> None:
+        super().__init__(message)
+        self.torn = torn
 
 
 class VllmReplica:
@@ -40,6 +50,7 @@ class VllmReplica:
         self._watch = StallWatch(stall_seconds)
         self._llm: Any = None
         self._tied = False
+        self._routed: set[str] = set()
 
     def start(self) -> None:
         """Raises EngineError where vLLM is missing; whatever vLLM raises where it does not start."""
@@ -59,6 +70,11 @@ class VllmReplica:
         self.max_context, self.vocab_size = int(config.max_model_len), int(config.get_vocab_size())
         self._tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
 
+    @property
+    def returns_routes(self) -> bool:
+        """Whether it can say which experts a token went to."""
+        return bool(self._arguments.get("enable_return_routed_experts"))
+
     # -- generation
 
     @property
@@ -67,13 +83,25 @@ class VllmReplica:
         return self._llm.llm_engine.has_unfinished_requests()
 
     def add(self, name: str, request: Request, sampling: Sampling) -> None:
+        """Raises EngineError where `sampling` asks for routes of an engine that was built without them."""
+        if sampling.routes:
+            if not self.returns_routes:
+                raise EngineError("routes are asked for, but the engine was built without them (routing.replay)")
+            self._routed.add(name)
         self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, _sampling_params(request.seed, sampling))
 
     def step(self) -> dict[str, Generation]:
         """One decoding step of all requests under way: those that are done by it. Raises EngineFailure where it does not end in `stall_seconds`."""
         with self._watch.step():
             outputs = self._llm.llm_engine.step()
-        return {output.request_id: _generation(output.outputs[0]) for output in outputs if output.finished}
+        return {output.request_id: self._generation(output) for output in outputs if output.finished}
+
+    def _generation(self, output: Any) -> Generation:
+        generation = _generation(output.outputs[0])
+        if output.request_id not in self._routed:
+            return generation
+        self._routed.remove(output.request_id)
+        return dataclasses.replace(generation, routes=_routes(output))
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
@@ -90,6 +118,7 @@ class VllmReplica:
             state = engine.output_processor.request_states[inner]
             parts[name] = _partial(state)
         engine.abort_request(list(parts))
+        self._routed -= parts.keys()
         return parts
 
     # -- weights
@@ -119,6 +148,19 @@ class VllmReplica:
         if not names or repeated or missing or unknown:
             raise EngineError(f"the weight stream of {len(names)} tensors does not fit the model's checkpoint: missing {_some(missing)}, "
                               f"unknown {_some(unknown)}, repeated {_some(repeated)}")
+
+    def receive_weights(self, specification: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Of a replica that was started with `transfer.worker.EXTENSION`: take the trainer's weights in, on each of its ranks; their reports. Raises
+        SyncBroken where the transfer broke off."""
+        try:
+            with vllm_cpu.engine_scope():
+                reports = self._llm.collective_rpc("receive_weights", args=(specification,))
+        except Exception as error:  # of a worker in another process there is only the text
+            torn = [state["torn"] for state in self._llm.collective_rpc("weights_state") if state["torn"] is not None]
+            raise SyncBroken(f"{type(error).__name__}: {error}", torn=bool(torn)) from error
+        if not self._llm.reset_prefix_cache():
+            raise EngineFailure("vLLM did not empty its prefix cache; the next prompts would be read with the old weights")
+        return reports
 
     # -- life cycle
 
@@ -163,8 +205,9 @@ class _Reader:
 
 def engine_arguments(
     rollout: RolloutConfig, *, dtype: str, seed: int, max_context: int | None, load_format: str, hf_overrides: dict[str, Any] | None, executor: str,
+    routes: bool = False,
 ) -> dict[str, Any]:
-    """vLLM's arguments; `executor` is its `distributed_executor_backend`."""
+    """vLLM's arguments; `executor` is its `distributed_executor_backend`. `routes`: the engine can say which experts tokens went to."""
     return {
         "dtype": dtype,
         "seed": seed,
@@ -180,6 +223,7 @@ def engine_arguments(
         "skip_tokenizer_init": True,  # token ids in, token ids out
         "generation_config": "vllm",  # sampling comes from the run's configuration alone
         "enable_prefix_caching": True,
+        "enable_return_routed_experts": routes,
         "use_tqdm_on_load": False,
     }
 
@@ -220,6 +264,21 @@ def _generation(output: Any) -> Generation:
         raise EngineFailure(f"vLLM returned {len(ids)} tokens, {len(log_probs)} log-probs with the sum {sum(log_probs)} and finish reason "
                             f"{output.finish_reason!r}; expected at least one token, a finite log-prob of each, and 'stop' or 'length'")
     return Generation(response_ids=ids, log_probs=log_probs, truncated=output.finish_reason == "length")
+
+
+def _routes(output: Any) -> TokenRoutes:
+    """Of a finished request. A token's experts are those of the pass that computed it, or of the one that filled the cache it was read from, which is
+    emptied with every update."""
+    completion = output.outputs[0]
+    experts, inputs = completion.routed_experts, len(output.prompt_token_ids) + len(completion.token_ids) - 1
+    if experts is None or experts.shape[0] != inputs:
+        got = "no routes" if experts is None else f"routes of {experts.shape[0]} tokens"
+        raise EngineFailure(f"vLLM returned {got}; expected those of {inputs}: a prompt of {len(output.prompt_token_ids)} and a response of "
+                            f"{len(completion.token_ids)}, less the last token")
+    try:
+        return TokenRoutes.of(experts)
+    except ValueError as error:
+        raise EngineFailure(f"vLLM returned routes that cannot be used: {error}") from error
 
 
 def _partial(state: Any) -> Generation | None:
