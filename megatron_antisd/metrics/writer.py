@@ -15,6 +15,7 @@ from megatron_antisd.metrics.files import (
     EVALUATIONS,
     METRICS,
     ROLLOUTS,
+    ROUTING,
     SAMPLES,
     TENSORBOARD,
     TOKEN_U,
@@ -42,6 +43,7 @@ STEP_KEYS = (
 (the teacher's in a run without one, the loss of a skipped update). More keys may follow."""
 
 _log = logging.getLogger(__name__)
+STEP_FILES = (METRICS, SAMPLES, TOKEN_U, ROUTING)
 SAMPLE_KEYS = ("problem_id", "prompt", "response", "reward", "truncated")
 TOKEN_U_KEYS = ("kind", "mean_u", "count")
 
@@ -66,7 +68,7 @@ class MetricsWriter:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self._evaluation_alone, self._patient, self._directory = evaluation_alone, patient, directory
-        self._lines = {name: JsonLines(directory / name, patient=patient) for name in (METRICS, SAMPLES, TOKEN_U)}
+        self._lines = {name: JsonLines(directory / name, patient=patient) for name in STEP_FILES}
         self._last_step, self._last_evaluation, self._closed = 0, -1, False
         if resume_step is not None:
             self._cut_back(resume_step)
@@ -87,7 +89,7 @@ class MetricsWriter:
             self._cut_back(step)
 
     def _cut_back(self, step: int) -> None:
-        for name in (METRICS, SAMPLES, TOKEN_U):
+        for name in STEP_FILES:
             self._lines[name].forget(step)
             remove_from_step(self._directory / name, step)
         for name in (ROLLOUTS, EVALUATIONS):
@@ -158,6 +160,11 @@ class MetricsWriter:
         """Append mean u by kind of token to token_u.jsonl: TOKEN_U_KEYS (`mean_u` in nats, `count` tokens)."""
         if self._is_writer:
             self._lines[TOKEN_U].append([_checked_row(step, row, TOKEN_U_KEYS, TOKEN_U) for row in rows])
+
+    def log_routing(self, step: int, shares: Sequence[float]) -> None:
+        """Append each layer's share of tokens whose router agrees with the given experts to routing.jsonl; nothing where there are none."""
+        if self._is_writer and shares:
+            self._lines[ROUTING].append([{"step": step, "equal_share": [round(share, 6) for share in shares]}])
 
     def close(self, *, failed: bool = False) -> None:
         """`failed`: so W&B shows the run. Nothing the second time."""
