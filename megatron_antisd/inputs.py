@@ -32,7 +32,7 @@ class Inputs:
 
 def read_inputs(config: RunConfig, *, training: bool) -> Inputs:
     """Raises ConfigError, ProblemDataError, PromptError or GradingError, each with what to change."""
-    model = _model_config(config)
+    model = read_model_config(config)
     rules.check(config, model, int(os.environ.get("WORLD_SIZE", "1")), training=training)
     tokenizer = load_tokenizer(config.model.path, model["vocab_size"])
     problems = load_problems(config.data.train) if training else []
@@ -63,7 +63,8 @@ def _check_repetitions(name: str, problems: list[Problem]) -> None:
         seen[text] = problem.id
 
 
-def _model_config(config: RunConfig) -> dict[str, Any]:
+def read_model_config(config: RunConfig) -> dict[str, Any]:
+    """The parsed config.json of the model. Raises ConfigError."""
     path = Path(config.model.path) / "config.json"
     if not path.is_file():
         raise ConfigError(f"model.path: no config.json in {config.model.path}; expected a Hugging Face checkpoint directory")

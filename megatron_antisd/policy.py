@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_antisd.config import RunConfig
+from megatron_antisd.config import ConfigError, RunConfig
+from megatron_antisd.config.rollout_rules import routing_replay
 from megatron_antisd.inputs import Inputs
+from megatron_antisd.models.description import describe
 from megatron_antisd.records import Problem
 from megatron_antisd.rollout.engine import Engine
 from megatron_antisd.rollout.probe import DEFAULT_LIMIT, SyncProbe, synchronise
@@ -23,21 +25,33 @@ if TYPE_CHECKING:
 def build_policy(config: RunConfig, inputs: Inputs, problem: Problem, *, training: bool = True) -> tuple[RestartingEngine, Trainer, SyncProbe]:
     """Collective, after the process group has started. The probe's prompt is `problem`'s. Without `training` the trainer has no gradients and no
     optimizer. An engine that is restarted gets the trainer's present weights, proved by the probe."""
-    first = _vllm_engine(config, inputs.max_context, dummy=False) if config.rollout.engine == "vllm" else None
+    inside = config.rollout.mode == "colocated"
+    moe = describe(config.model.path, 1).experts is not None
+    replay = routing_replay(config, moe=moe) if training else "off"
+    routes = replay == "engine"
+    first = _vllm_engine(config, inputs.max_context, dummy=False, routes=routes) if config.rollout.engine == "vllm" and inside else None
     from megatron_antisd.compat import megatron_cpu
 
     megatron_cpu.install()
-    from megatron_antisd.models.build import describe
     from megatron_antisd.parallel.layout import build_layout
     from megatron_antisd.parallel.trainer import Trainer
 
     layout = build_layout(config.parallel, config.run.seed, config.collective_seconds)
     trainer = Trainer(config, layout, describe(config.model.path, layout.tensor_size), training=training)
-    probe = _probe(config, inputs, problem, trainer)
+    if replay != "off" and trainer.routing.obstacle is not None:
+        raise ConfigError(f"routing.replay={replay}: {trainer.routing.obstacle}; set routing.replay=off")
+    probe = _probe(config, inputs, problem, trainer, routes=routes)
+    servers = None
+    if not inside:
+        from megatron_antisd.server_sync import servers_builder
+
+        servers = servers_builder(config, inputs, trainer)
 
     def build() -> Engine:
+        if servers is not None:
+            return servers()
         if config.rollout.engine == "vllm":  # whose CPU build takes Megatron's CPU support once it has looked at torch.cuda
-            return _vllm_engine(config, inputs.max_context, dummy=True)
+            return _vllm_engine(config, inputs.max_context, dummy=True, routes=routes)
         from megatron_antisd.rollout.megatron_engine import MegatronEngine
 
         return MegatronEngine(trainer, max_context=inputs.max_context, max_sequences=config.rollout.max_sequences,
@@ -59,17 +73,17 @@ def build_vllm_engine(config: RunConfig, max_context: int) -> RestartingEngine:
     return RestartingEngine(build(), build=build, restore=lambda engine, version: None, max_restarts=config.rollout.max_restarts)
 
 
-def _vllm_engine(config: RunConfig, max_context: int, *, dummy: bool) -> Engine:
+def _vllm_engine(config: RunConfig, max_context: int, *, dummy: bool, routes: bool = False) -> Engine:
     """`dummy`: with no weights yet, as also for a checkpoint of ours, whose tensors it cannot read."""
     from megatron_antisd.parallel.checkpoint_files import is_checkpoint
     from megatron_antisd.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(config.model.path, rollout=config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=max_context,
                       load_format="dummy" if dummy or is_checkpoint(config.model.path) else "auto",
-                      timeout_seconds=config.collective_seconds)
+                      timeout_seconds=config.collective_seconds, routes=routes)
 
 
-def _probe(config: RunConfig, inputs: Inputs, problem: Problem, trainer: Trainer) -> SyncProbe:
+def _probe(config: RunConfig, inputs: Inputs, problem: Problem, trainer: Trainer, *, routes: bool) -> SyncProbe:
     """The proof after each weight sync, on `problem`'s prompt."""
     return SyncProbe(inputs.prompts.student_prompt(problem), score=trainer.score, copies=dist.get_world_size(), max_context=inputs.max_context,
-                     temperature=config.rollout.temperature, limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype])
+                     temperature=config.rollout.temperature, routes=routes, limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype])

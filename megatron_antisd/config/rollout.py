@@ -103,6 +103,8 @@ class SyncConfig(Section):
     transport: Literal["auto", "process_group", "shared_memory", "cuda_ipc"] = "auto"
     """How weights travel to engine servers: a process group of trainer and engine ranks (gloo on CPU, NCCL on GPUs), shared memory of one node
     (CPU), or handles on GPU memory (same GPU). `auto`: the process group."""
+    timeout_seconds: float = Field(120.0, gt=0)
+    """How long a peer may take to come to a transfer, or for one part of it; then the transfer broke off."""
 
 
 class ServersConfig(Section):
@@ -110,6 +112,8 @@ class ServersConfig(Section):
     """HOST:PORT of the store where servers and trainer meet; rank 0 of the trainer opens it."""
     count: int = Field(1, ge=1)
     """Servers that the trainer waits for at its start; later ones are taken in at the next sync."""
+    per_node: int | None = Field(None, ge=1)
+    """Servers that the command starts on its node; None takes the node's GPUs / `rollout.tensor_parallel_size`, one on CPU."""
     token_file: str | None = None
     """File with the secret that every call must carry; None takes the variable ANTISD_SERVER_TOKEN."""
     address: str | None = None
@@ -122,6 +126,8 @@ class ServersConfig(Section):
     """A server without a sign of life for so long is given up; its requests go to the others."""
     request_seconds: float = Field(1800.0, gt=0)
     """A request that takes longer than this counts as a failure of its server."""
+    drain_seconds: float = Field(120.0, gt=0)
+    """A server that is asked to end takes nothing new and finishes what is under way, for so long at most."""
 
 
 class AsynchronyConfig(Section):

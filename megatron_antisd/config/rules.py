@@ -54,6 +54,19 @@ def check_model(parallel: ParallelConfig, model: Mapping[str, Any]) -> None:
     _raise([*_virtual_problems(parallel), *_model_problems(parallel, model)])
 
 
+def check_server(config: RunConfig, model: Mapping[str, Any], *, cpu: bool) -> None:
+    """What an engine server needs, which neither trains nor grades. Raises ConfigError with one line per broken rule."""
+    model, problems = _complete(model), [*_model_file_problems(config)]
+    if config.rollout.mode != "servers":
+        problems.append(f"rollout.mode={config.rollout.mode}: engine servers need rollout.mode=servers, in the trainer's configuration too")
+    if model.get("model_type") not in SUPPORTED_MODEL_TYPES or _missing(model):
+        problems.append(f"model.path: model_type {model.get('model_type')!r} is not one of {', '.join(SUPPORTED_MODEL_TYPES)}, or config.json lacks "
+                        f"sizes: {', '.join(_missing(model)) or 'none'}")
+    else:
+        problems += [*_length_problems(config, model), *vllm_problems(config, model, moe=model["model_type"] == "qwen3_moe", cpu=cpu)]
+    _raise(problems)
+
+
 def check_files(config: RunConfig) -> None:
     """The rules on this machine's files and packages. Raises ConfigError with one line per broken rule."""
     _raise(list(_file_problems(config, training=True)))

@@ -21,8 +21,11 @@ ROLLOUTS, EVALUATIONS = "rollouts", "evaluations"
 STEP_0 = "step_000000"
 CHECKPOINTS = "checkpoints"  # written elsewhere; an earlier run's must not be taken for a new run's
 PROFILE = "profile"
+ROUTING = "routing.jsonl"
 INCIDENTS, JOURNAL = "incidents", "journal.jsonl"
-RUN_FILES = (METRICS, SAMPLES, TOKEN_U, TENSORBOARD, WANDB_ID, ROLLOUTS, EVALUATIONS, CHECKPOINTS, PROFILE, INCIDENTS, JOURNAL)
+ROLLOUT_VERSIONS = "rollout_versions"
+RUN_FILES = (METRICS, SAMPLES, TOKEN_U, ROUTING, TENSORBOARD, WANDB_ID, ROLLOUTS, EVALUATIONS, CHECKPOINTS, PROFILE, INCIDENTS, JOURNAL,
+             ROLLOUT_VERSIONS)
 
 _log = logging.getLogger(__name__)
 
