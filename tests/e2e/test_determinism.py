@@ -60,6 +60,7 @@ def assert_equal_bitwise(directories: Sequence[Path], steps: int) -> None:
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_bitwise_the_same(world: World) -> None:
     directories = [run(world, name, "tp2-ep2", "vllm", steps=2) for name in ("first", "second")]
     assert_equal_bitwise(directories, steps=2)

@@ -43,6 +43,7 @@ def assert_resumed(directory: Path, kills: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_killed_three_times(world: World, calm: Path) -> None:
     """In a step, in the middle of a checkpoint's commit, and in an evaluation."""
     plan = [Kill(rank=1, place="step", occurrence=3, delay=0.05), Kill(rank=0, place="commit", occurrence=2), Kill(rank=0, place="evaluate")]

@@ -68,6 +68,7 @@ def test_killed_and_resumed_equals_undisturbed(world: World, undisturbed: Path) 
     assert without_times(directory) == without_times(undisturbed)
 
 
+@pytest.mark.slow
 def test_continual_starts_antisd_from_a_grpo_policy(world: World) -> None:
     """Weights, optimizer and data position carried over; the gate calibrated afresh; evaluated before the first step."""
     train(2, make_config(world, "grpo", algorithm={"method": "grpo"}))

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 AGREES = 1e-4  # nats, any token; measured 4e-6
 
 
+@pytest.mark.slow
 def test_log_probs_are_transformers_own_before_and_after_an_update(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
