@@ -1,0 +1,211 @@
+"""Who sends which bytes to whom in a weight sync: computed once, from where the weights stand on both sides.
+
+Every engine rank gets its own slices and nothing else, from ranks that hold them: itself if it is in a trainer's process, else one of its
+node, else any; those that hold the same share the sending, in turns. Parts are cut where vLLM's modules end, in the order of the
+layers, with pipeline stages by turns, so that all stages send at the same time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_antisd.models.build import ModelDescription
+from megatron_antisd.models.weight_map import Entry
+from megatron_antisd.parallel.placement import EngineLayout, TrainerPlace, held_pieces, module_of, needed_box
+from megatron_antisd.wire.boxes import Box
+from megatron_antisd.wire.instructions import LOCAL, Incoming, IncomingPiece, IncomingTensor, Outgoing, OutgoingPiece, Source, aligned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holding:
+    """A piece of a Hugging Face tensor and all ranks that have it, at the same place of the same parameter."""
+
+    box: Box
+    source: Source
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTensor:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    itemsize: int
+    needs: tuple[Box | None, ...]
+    """For each place in a replica."""
+    holdings: tuple[Holding, ...]
+    number: int
+    """In the order of the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One piece on its way to one engine rank; `sender` is a trainer rank or LOCAL."""
+
+    tensor: PlannedTensor
+    box: Box
+    holding: Holding
+    sender: int
+
+
+class SyncPlan:
+    """`places`: the trainer's ranks in order. `dtypes`: name in the table of weights -> (dtype, bytes). Engine rank e is place
+    e % `engine.tensor_size` of its replica; with `inside` it lives in the process of trainer rank e, else on node `nodes[e]` (None: one without
+    trainer ranks)."""
+
+    def __init__(self, description: ModelDescription, places: Sequence[TrainerPlace], engine: EngineLayout, *, dtypes: Mapping[str, tuple[str, int]],
+                 part_bytes: int, engine_ranks: int, inside: bool, nodes: Sequence[int | None] = ()) -> None:
+        self.engine, self.engine_ranks, self.inside = engine, engine_ranks, inside
+        self._places = places
+        self._nodes = [place.node for place in places][:engine_ranks] if inside else list(nodes) or [None] * engine_ranks
+        self._near: dict[tuple[tuple[int, ...], int | None], tuple[int, ...]] = {}
+        tensors = list(_planned_tensors(description, places, engine, dtypes))
+        self.parts = _cut_into_parts(tensors, engine.tensor_size, part_bytes)
+        self.tensors = {tensor.name: tensor for part in self.parts for tensor in part}
+
+    def moves(self, part: int, engine_rank: int, only: int | None = None) -> Iterator[Move]:
+        """Of one part to one engine rank, in the order in which they stand in messages. `only`: those that this trainer rank may send."""
+        place, own = engine_rank % self.engine.tensor_size, engine_rank if self.inside else None
+        for tensor in self.parts[part]:
+            need = tensor.needs[place]
+            if need is None:
+                continue
+            for number, holding in enumerate(tensor.holdings):
+                if only is not None and only not in holding.ranks:
+                    continue
+                box = need.overlap(holding.box)
+                if box is not None:
+                    turn = engine_rank // self.engine.tensor_size + tensor.number + number
+                    yield Move(tensor, box, holding, LOCAL if own in holding.ranks else self._sender(holding.ranks, engine_rank, turn))
+
+    def outgoing(self, rank: int) -> list[tuple[Outgoing, ...]]:
+        """What a trainer rank sends, part by part."""
+        return [tuple(message for engine_rank in range(self.engine_ranks) if (message := self._message(part, rank, engine_rank)) is not None)
+                for part in range(len(self.parts))]
+
+    def incoming(self, engine_rank: int) -> list[Incoming]:
+        """What an engine rank receives, part by part."""
+        return [self._incoming(part, engine_rank) for part in range(len(self.parts))]
+
+    def _sender(self, ranks: tuple[int, ...], engine_rank: int, turn: int) -> int:
+        node = self._nodes[engine_rank]
+        key = (ranks, node)
+        if key not in self._near:
+            self._near[key] = tuple(rank for rank in ranks if self._places[rank].node == node) or ranks
+        near = self._near[key]
+        return near[turn % len(near)]
+
+    def _message(self, part: int, rank: int, engine_rank: int) -> Outgoing | None:
+        pieces, offset = [], 0
+        for move in self.moves(part, engine_rank, only=rank):
+            if move.sender == rank:
+                source, held = move.holding.source, move.holding.box
+                pieces.append(OutgoingPiece(
+                    Source(source.key, source.row + move.box.top - held.top, source.column + move.box.left - held.left), move.box.rows,
+                    move.box.columns, offset))
+                offset += aligned(move.box.numel * move.tensor.itemsize)
+        return Outgoing(engine_rank, offset, tuple(pieces)) if pieces else None
+
+    def _incoming(self, part: int, engine_rank: int) -> Incoming:
+        sizes: dict[int, int] = defaultdict(int)
+        place, tensors = engine_rank % self.engine.tensor_size, []
+        for tensor, group in itertools.groupby(self.moves(part, engine_rank), key=lambda move: move.tensor):
+            pieces = []
+            for move in group:
+                source, held = move.holding.source, move.holding.box
+                where = Source(source.key, source.row + move.box.top - held.top, source.column + move.box.left - held.left)
+                local = move.sender == LOCAL
+                pieces.append(IncomingPiece(move.box, move.sender, 0 if local else sizes[move.sender], where if local else None))
+                if not local:
+                    sizes[move.sender] += aligned(move.box.numel * tensor.itemsize)
+            need = tensor.needs[place]
+            if need is None or sum(piece.box.numel for piece in pieces) != need.numel:
+                raise RuntimeError(f"{tensor.name}: the trainer's ranks hold {sum(p.box.numel for p in pieces)} of the {need} that engine rank "
+                                   f"{engine_rank} needs")
+            tensors.append(IncomingTensor(tensor.name, tensor.shape, tensor.dtype, need, tuple(pieces)))
+        return Incoming(tuple(tensors), dict(sizes))
+
+
+def _planned_tensors(description: ModelDescription, places: Sequence[TrainerPlace], engine: EngineLayout,
+                     dtypes: Mapping[str, tuple[str, int]]) -> Iterator[PlannedTensor]:
+    holders = _holders(places, description.experts)
+    number = 0
+    for entry in _stages_by_turns(description, places):
+        shards: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for rank in holders[entry.weight.megatron, entry.layer, _expert_block(entry, places[0], description.experts)]:
+            shards[places[rank].divided(entry.weight)].append(rank)
+        held: dict[str, list[Holding]] = defaultdict(list)
+        key = (entry.weight.megatron, entry.layer, entry.expert)
+        for (rank, size), ranks in sorted(shards.items()):
+            for name, pieces in held_pieces(entry, rank, size, description):
+                held[name] += [Holding(box=p.box, source=Source(key, p.row, p.column), ranks=tuple(ranks)) for p in pieces]
+        dtype, itemsize = dtypes[entry.weight.megatron]
+        for name, shape in entry.huggingface.items():
+            holdings = held[name]
+            if holdings and all(h.box == holdings[0].box for h in holdings):  # replicated: every shard is all of it
+                holdings = [Holding(box=holdings[0].box, source=holdings[0].source, ranks=tuple(sorted(r for h in holdings for r in h.ranks)))]
+            yield PlannedTensor(
+                name=name, shape=tuple(shape), dtype=dtype, itemsize=itemsize, holdings=tuple(holdings), number=number,
+                needs=tuple(needed_box(entry, name, place, engine, description) for place in range(engine.tensor_size)))
+            number += 1
+
+
+def _holders(places: Sequence[TrainerPlace], experts: int | None) -> Mapping[tuple[str, int | None, int | None], list[int]]:
+    """(name, layer, block of experts or None) -> ranks."""
+    found: dict[tuple[str, int | None, int | None], list[int]] = defaultdict(list)
+    for rank, place in enumerate(places):
+        for name, layer in place.held:
+            found[name, layer, place.expert_rank if experts and "{expert}" in name else None].append(rank)
+    return found
+
+
+def _expert_block(entry: Entry, place: TrainerPlace, experts: int | None) -> int | None:
+    return None if entry.expert is None else entry.expert // ((experts or 1) // place.expert_size)
+
+
+def _stages_by_turns(description: ModelDescription, places: Sequence[TrainerPlace]) -> Iterator[Entry]:
+    """Every parameter, module by module: the first module of each stage, the second of each, and so on."""
+    stage_of: dict[tuple[str, int | None], int] = {}
+    for place in places:
+        for key in place.held:
+            stage_of[key] = min(place.stage, stage_of.get(key, place.stage))
+    stages: dict[int, list[list[Entry]]] = defaultdict(list)
+    for _, module in itertools.groupby(description.entries(), key=module_of):
+        entries = list(module)
+        stages[stage_of[entries[0].weight.megatron, entries[0].layer]].append(entries)
+    for turn in itertools.zip_longest(*(stages[stage] for stage in sorted(stages)), fillvalue=()):
+        for module_entries in turn:
+            yield from module_entries
+
+
+def _cut_into_parts(tensors: Sequence[PlannedTensor], engine_size: int, part_bytes: int) -> list[list[PlannedTensor]]:
+    """Up to `part_bytes` for each engine rank, whole modules where they fit, else tensor by tensor."""
+    parts: list[list[PlannedTensor]] = []
+    filled = [0] * engine_size
+
+    def cost(tensor: PlannedTensor) -> list[int]:
+        return [0 if need is None else aligned(need.numel * tensor.itemsize) for need in tensor.needs]
+
+    def room(extra: Sequence[int]) -> bool:
+        return bool(parts) and all(a + b <= part_bytes for a, b in zip(filled, extra, strict=True))
+
+    for _, group in itertools.groupby(tensors, key=_module):
+        module = list(group)
+        together = [sum(column) for column in zip(*(cost(tensor) for tensor in module), strict=True)]
+        blocks = [module] if max(together) <= part_bytes else [[tensor] for tensor in module]
+        for number, block in enumerate(blocks):
+            extra = [sum(column) for column in zip(*(cost(tensor) for tensor in block), strict=True)]
+            if not room(extra) or (len(blocks) > 1 and number == 0):
+                parts.append([])
+                filled = [0] * engine_size
+            parts[-1] += block
+            filled = [a + b for a, b in zip(filled, extra, strict=True)]
+    return parts
+
+
+def _module(tensor: PlannedTensor) -> tuple[int | None, str]:
+    name, layer, expert = tensor.holdings[0].source.key
+    return layer, "experts" if expert is not None else name
