@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from megatron_antisd.algorithm import group_advantage, phi
-from megatron_antisd.config import AlgorithmConfig
+from megatron_antisd.algorithm import group_advantage, phi, sequence_log_ratio, soft_overlong_penalty
+from megatron_antisd.config import AlgorithmConfig, RunConfig
 from megatron_antisd.records import (
     PrivilegedView,
+    Rollout,
     RolloutGroup,
     ScoredGroup,
     ScoredRollout,
@@ -22,6 +24,9 @@ from megatron_antisd.records import (
 
 PHI_BOUND_U = -4.97
 """Below this u, phi is within 1 % of its lower bound: softplus(u) < 0.01 log 2."""
+
+CORRECTION = ("correction_weight_mean", "correction_weight_max", "correction_weight_min", "correction_touched_share")
+NOISE_FLOOR = ("noise_floor_mean", "noise_floor_max", "noise_floor_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +44,45 @@ class TeacherScores:
     views: tuple[PrivilegedView, ...] = ()
     """Of every rollout; empty where no teacher was asked for."""
     empty_context: torch.Tensor | None = None
-    """[tokens of the first group] log-probs without privileged context, at a run's first step: the teacher is then the student."""
+    """[tokens of the first rollouts] log-probs without privileged context, until the noise floor is known: the teacher is then the student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlong:
+    """What `tails.overlong` does with long responses; feedback, the shown solutions and all reward figures stay the grader's."""
+
+    mode: Literal["off", "mask", "penalty"] = "off"
+    limit: int = 0
+    """`rollout.max_new_tokens`."""
+    buffer: int = 0
+    penalty: float = 0.0
+
+    @staticmethod
+    def of(config: RunConfig) -> Overlong:
+        tails = config.tails
+        return Overlong(mode=tails.overlong, limit=config.rollout.max_new_tokens, buffer=tails.overlong_buffer, penalty=tails.overlong_penalty)
+
+    def rewards(self, group: RolloutGroup) -> torch.Tensor:
+        """[G] float64 that A_seq is formed from."""
+        rewards = group.rewards()
+        return rewards + torch.tensor([self._added(r) for r in group.rollouts], dtype=torch.float64) if self.mode == "penalty" else rewards
+
+    def keeps(self, rollout: Rollout) -> bool:
+        """Whether its tokens are in the loss."""
+        return not (self.mode == "mask" and rollout.truncated)
+
+    def touched(self, groups: Sequence[RolloutGroup]) -> int | None:
+        """Rollouts that are masked or penalised; None where neither is asked for."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        return None if self.mode == "off" else sum(not self.keeps(r) or (self.mode == "penalty" and self._added(r) < 0) for r in rollouts)
+
+    def _added(self, rollout: Rollout) -> float:
+        return soft_overlong_penalty(len(rollout.response_ids), limit=self.limit, buffer=self.buffer, penalty=self.penalty)
 
 
 def student_views(groups: Sequence[RolloutGroup]) -> tuple[ScoringView, ...]:
-    """The plain prompt and the response of every rollout, in order."""
-    return tuple(ScoringView(prompt_ids=r.prompt_ids, response_ids=r.response_ids) for group in groups for r in group.rollouts)
+    """The plain prompt and the response of every rollout, and the experts that are given for them, in order."""
+    return tuple(ScoringView(prompt_ids=r.prompt_ids, response_ids=r.response_ids, routes=r.routes) for group in groups for r in group.rollouts)
 
 
 def lay_out_teacher(lengths: Sequence[int], views: Sequence[PrivilegedView], scores: TokenScores | None) -> TeacherScores:
@@ -75,10 +113,11 @@ def no_teacher(lengths: Sequence[int]) -> TeacherScores:
     return TeacherScores(log_prob=torch.full((total,), float("nan")), mask=torch.zeros(total, dtype=torch.bool), entropy_median=None, missing=None)
 
 
-def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: TokenScores | None, lambda_: float,
-                 settings: AlgorithmConfig) -> list[TrainingBatch]:
+def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: TokenScores | None, lambda_: float, settings: AlgorithmConfig,
+                 *, overlong: Overlong | None = None, log_ratio: torch.Tensor | None = None) -> list[TrainingBatch]:
     """One batch per update (`algorithm.updates_per_batch`), groups kept whole. A part in which nothing is left to learn from
-    (all its groups dropped) is left out."""
+    (all its rollouts dropped or masked) is left out. `log_ratio` [T]: see TrainingBatch.correction_log_ratio."""
+    overlong = overlong or Overlong()
     size = len(groups) // settings.updates_per_batch
     batches = []
     first_token = 0
@@ -89,19 +128,27 @@ def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: To
         tokens = slice(first_token, first_token + sum(lengths))
         advantages, keep = [], []
         for group in part:
-            rewards = group.rewards()
+            rewards = overlong.rewards(group)
             advantages.append(group_advantage(rewards, std=settings.std).float())
             dropped = settings.zero_variance == "drop" and bool((rewards == rewards[0]).all())
-            keep += [not dropped] * len(group.rollouts)
+            keep += [not dropped and overlong.keeps(rollout) for rollout in group.rollouts]
         if any(keep):
             batches.append(TrainingBatch(
                 views=views, sequence_advantage=torch.cat(advantages), sequence_mask=torch.tensor(keep),
                 teacher_log_prob=teacher.log_prob[tokens], teacher_mask=teacher.mask[tokens],
                 old_log_prob=None if old is None else old.log_prob[tokens],
                 engine_log_prob=torch.tensor([p for group in part for r in group.rollouts for p in r.engine_log_probs]),
-                lambda_=lambda_, tokens=sum(n for n, kept in zip(lengths, keep, strict=True) if kept)))
+                lambda_=lambda_, tokens=sum(n for n, kept in zip(lengths, keep, strict=True) if kept),
+                correction_log_ratio=None if log_ratio is None else log_ratio[tokens],
+                empty_context_log_prob=None if start or teacher.empty_context is None else teacher.empty_context[: tokens.stop]))
         first_token = tokens.stop
     return batches
+
+
+def response_log_ratio(groups: Sequence[RolloutGroup], student: TokenScores) -> torch.Tensor:
+    """[T] log(trainer / engine probability) of each token's whole response, from a scoring pass at the weights that train."""
+    engine = torch.tensor([p for group in groups for r in group.rollouts for p in r.engine_log_probs])
+    return sequence_log_ratio(student.log_prob - engine, student.lengths)
 
 
 def scored_groups(groups: Sequence[RolloutGroup], teacher: TeacherScores, student_log_prob: torch.Tensor | None) -> list[ScoredGroup]:
@@ -156,10 +203,19 @@ def update_figures(stats: Sequence[StepStats], tokens: Sequence[int]) -> dict[st
     means = ("loss", "grad_norm", "clip_fraction", "student_entropy_mean", "mismatch_kl", "mismatch_mean", "padding_share")
     skipped = sum(s.skipped for s in stats)
     if not stats:
-        return dict.fromkeys((*means, "mismatch_max")) | {"updates_skipped": skipped}
+        return dict.fromkeys((*means, "mismatch_max", *CORRECTION, *NOISE_FLOOR)) | {"updates_skipped": skipped}
     figures: dict[str, float | int | None] = {}
     for name in means:
         value = sum(getattr(s, name) * n for s, n in zip(stats, tokens, strict=True)) / sum(tokens)
         figures[name] = value if torch.isfinite(torch.tensor(value)) else None  # a skipped update's loss has no value to report
     largest = torch.tensor([s.mismatch_max for s in stats], dtype=torch.float64).max()  # Python's max passes over a NaN
-    return figures | {"mismatch_max": float(largest) if largest.isfinite() else None, "updates_skipped": skipped}
+    return figures | {"mismatch_max": float(largest) if largest.isfinite() else None, "updates_skipped": skipped,
+                      **_correction_figures(stats, tokens), **{name: getattr(stats[0], name) for name in NOISE_FLOOR}}
+
+
+def _correction_figures(stats: Sequence[StepStats], tokens: Sequence[int]) -> dict[str, float | None]:
+    """Of the importance weights of all updates; None where they were off or an update's were not finite."""
+    if any(s.correction_weight_mean is None for s in stats):
+        return dict.fromkeys(CORRECTION)
+    mean, share = (sum(getattr(s, name) * n for s, n in zip(stats, tokens, strict=True)) / sum(tokens) for name in (CORRECTION[0], CORRECTION[3]))
+    return dict(zip(CORRECTION, (mean, max(s.correction_weight_max for s in stats), min(s.correction_weight_min for s in stats), share), strict=True))

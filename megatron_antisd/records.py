@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_antisd.token_routes import TokenRoutes, routes_from_json
+
 if TYPE_CHECKING:  # a grading worker reads `CodeTests` and has no use for torch, which takes seconds to import
     import torch
 
@@ -99,6 +101,8 @@ class Rollout:
     """The number of weight updates the generating policy had seen, at the first token."""
     version_spans: tuple[tuple[int, int], ...] = ()
     """(policy version, number of tokens) of each stretch drawn from one set of weights, in order; empty where all are of `policy_version`."""
+    routes: TokenRoutes | None = None
+    """Experts of prompt + response[:-1] that the update uses; None: the trainer's own choice."""
     text: str = ""
     """The decoded response without special tokens."""
     reward: float | None = None
@@ -117,16 +121,20 @@ class Rollout:
         if sum(tokens for _, tokens in spans) != len(self.response_ids) or spans[0][0] != self.policy_version:
             raise ValueError(f"rollout {self.index} of problem {self.problem_id!r}: the spans {self.version_spans} (policy version, tokens) must add "
                              f"up to {len(self.response_ids)} response tokens and begin with policy version {self.policy_version}")
+        inputs = len(self.prompt_ids) + len(self.response_ids) - 1
+        if self.routes is not None and self.routes.tokens != inputs:
+            raise ValueError(f"rollout {self.index} of problem {self.problem_id!r} has routes of {self.routes.tokens} tokens; its prompt of "
+                             f"{len(self.prompt_ids)} and its response of {len(self.response_ids)} put {inputs} tokens into the model")
 
     def graded(self, reward: float, feedback: str) -> Rollout:
         return dataclasses.replace(self, reward=reward, feedback=feedback)
 
 
 def rollout_from_json(row: Mapping[str, Any]) -> Rollout:
-    """The inverse of `dataclasses.asdict` followed by JSON."""
+    """The inverse of `dataclasses.asdict` followed by JSON (bytes by `token_routes.json_bytes`)."""
     sequences = {name: tuple(row[name]) for name in ("prompt_ids", "response_ids", "engine_log_probs")}
     spans = tuple((version, tokens) for version, tokens in row.get("version_spans", ()))  # files of earlier releases have none
-    return Rollout(**{**row, **sequences, "version_spans": spans})
+    return Rollout(**{**row, **sequences, "version_spans": spans, "routes": routes_from_json(row.get("routes"))})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +161,8 @@ class ScoringView:
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    routes: TokenRoutes | None = None
+    """Experts of prompt + response[:-1], in which the trainer then scores and learns; None: it routes by itself."""
 
     @property
     def tokens(self) -> int:
@@ -171,6 +181,8 @@ class TokenScores:
     """[sum T_i] float32, those entropies; None where they were left on the ranks that computed them."""
     lengths: tuple[int, ...]
     """T_i of each view."""
+    routes: tuple[TokenRoutes, ...] | None = None
+    """Of each view, the experts that its tokens went to; None where they were not asked for."""
 
     def __post_init__(self) -> None:
         expected = sum(self.lengths)
@@ -255,6 +267,11 @@ class TrainingBatch:
     """g * lambda_max of this step; 0.0 skips the token term."""
     tokens: int
     """The global number of response tokens in the loss: the denominator of the token mean."""
+    correction_log_ratio: torch.Tensor | None = None
+    """[sum T_i] float32 log(trainer / engine probability) that each token's importance weight is formed from; None: the token's own, from the
+    training forward or `old_log_prob`."""
+    empty_context_log_prob: torch.Tensor | None = None
+    """[n <= sum T_i] float32, the teacher's path on the first responses without privileged context, for the noise floor; None: not measured."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -277,6 +294,17 @@ class UpdateFigures:
     mismatch_max: float
     broken_tokens: int = 0
     """Response tokens whose log-prob under the student is not finite; their u is not either."""
+    correction_weight_mean: float | None = None
+    """Of the importance weights as applied, over tokens in the loss; this and the next three are None where the correction is off."""
+    correction_weight_max: float | None = None
+    correction_weight_min: float | None = None
+    correction_touched_share: float | None = None
+    """Share of those tokens whose weight was truncated or masked."""
+    noise_floor_mean: float | None = None
+    """mean |u| under an empty privileged context, where it must be 0; this and the next two are None where it was not measured."""
+    noise_floor_max: float | None = None
+    noise_floor_share: float | None = None
+    """Share of tokens above 0.1 nats."""
 
     @property
     def finite(self) -> bool:
@@ -294,3 +322,5 @@ class StepStats(UpdateFigures):
     """Share of tokens through the model that were padding."""
     student: TokenScores
     """The training forward's own log-probs, no gradient, in the order of the batch's views."""
+    routes_equal: tuple[float, ...] | None = None
+    """For each layer the share of tokens with given experts for which the router would have chosen the same set; None without any."""

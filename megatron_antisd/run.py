@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 import torch.distributed as dist
 
+from megatron_antisd.ahead import Ahead
 from megatron_antisd.algorithm import EntropyGate
 from megatron_antisd.audit.context import ContextInspector
 from megatron_antisd.audit.solutions import SolutionCheck
 from megatron_antisd.audit.watch import ContextWatch
 from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig
+from megatron_antisd.config.rollout_rules import routing_replay
 from megatron_antisd.data import ProblemDataError, ProblemSampler, PromptBuilder, PromptError
 from megatron_antisd.evaluation.evaluator import Evaluator, agreed, build_evaluator
 from megatron_antisd.grading import GradingError, GradingPool
@@ -37,8 +39,10 @@ from megatron_antisd.metrics.journal import Journal
 from megatron_antisd.metrics.lock import RunLock
 from megatron_antisd.policy import build_policy
 from megatron_antisd.rollout.engine import EngineError, Sampling
+from megatron_antisd.rollout.lengths import ResponseLengths
 from megatron_antisd.rollout.probe import ProbeResult, SyncProbe, synchronise
 from megatron_antisd.rollout.restarting import RestartingEngine
+from megatron_antisd.routing import RoutingReplay
 from megatron_antisd.supervision import collectives, preemption
 from megatron_antisd.supervision.supervisor import Supervisor
 
@@ -69,6 +73,9 @@ class Run:
     gate: EntropyGate
     evaluator: Evaluator
     sampling: Sampling
+    routing: RoutingReplay
+    ahead: Ahead | None
+    """Where batches are drawn while others are trained on."""
     progress: Progress
     health: HealthMonitor
     writer: CheckpointWriter
@@ -85,6 +92,8 @@ class Run:
     origin: Path | None = None
     """The checkpoint that a continual run began with."""
     boundary: Boundary = field(default_factory=lambda: Boundary())
+    lengths: ResponseLengths = field(default_factory=ResponseLengths)
+    floor: FloorState = field(default_factory=lambda: FloorState())
     incidents: list[Incident] = field(default_factory=list)
     """What was found in the present step, until it is acted upon."""
 
@@ -98,7 +107,7 @@ class Run:
 
     def sync(self) -> ProbeResult:
         """The trainer's weights into the engine, proved."""
-        return synchronise(self.engine, self.trainer.export(), self.progress.policy_version, self.probe)
+        return synchronise(self.engine, self.trainer.engine_weights, self.progress.policy_version, self.probe)
 
     def save_huggingface(self, directory: Path) -> None:
         """The policy as an ordinary Hugging Face checkpoint; collective."""
@@ -108,8 +117,9 @@ class Run:
 
     def state_dict(self, metrics: MetricsWriter | None = None) -> dict[str, Any]:
         """All training state outside model, optimizer and random generators; plain JSON. What is known of files is the main rank's."""
-        return {"progress": vars(self.progress), "gate": self.gate.state_dict(), "sampler": self.sampler.state_dict(),
-                "health": self.health.state_dict(), "method": self.config.algorithm.method,
+        return {"progress": vars(self.progress), "gate": self.gate.state_dict(),
+                "sampler": self.sampler.state_dict() if self.ahead is None else self.ahead.sampler_state(),
+                "health": self.health.state_dict(), "lengths": self.lengths.state_dict(), "method": self.config.algorithm.method,
                 "wandb_id": metrics and metrics.wandb_id}
 
     def load_state_dict(self, state: Mapping[str, Any], *, rolled_back: bool = False) -> None:
@@ -117,6 +127,7 @@ class Run:
         self.gate.load_state_dict(state["gate"])
         if "health" in state:  # older checkpoints have none
             self.health.roll_back(state["health"]) if rolled_back else self.health.load_state_dict(state["health"])
+        self.lengths.load_state_dict(state.get("lengths", {}))
         vars(self.progress).update(state["progress"])
 
     def mark(self, metrics: MetricsWriter | None = None) -> None:
@@ -167,6 +178,14 @@ class Boundary:
 
 
 @dataclass(kw_only=True)
+class FloorState:
+    """Of the noise floor of u, which every process measures once."""
+
+    pending: bool = True
+    """Until the first update that it could be measured in."""
+
+
+@dataclass(kw_only=True)
 class Progress:
     """Counters that are training state."""
 
@@ -184,23 +203,27 @@ def build_run(config: RunConfig) -> Run:
     from megatron_antisd.parallel.layout import start_process_group
 
     inputs = read_inputs(config, training=True)
-    sampler = ProblemSampler(inputs.problems, config.rollout.problems_per_step, config.run.seed, config.data.shuffle)
+    sampler = ProblemSampler(inputs.problems, config.problems_drawn(config.rollout.problems_per_step), config.run.seed, config.data.shuffle)
     start_process_group(config.collective_seconds)
     main = dist.get_rank() == 0
     lock = _lock(config, main)
     supervisor = start_supervisor(config)
     with setting_up(supervisor):
         engine, trainer, probe = build_policy(config, inputs, inputs.problems[0])
+        replay = routing_replay(config, moe=trainer.description.experts is not None)
         from megatron_antisd.checkpoint import CheckpointWriter
 
+        sampling = Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
+                            ignore_eos=config.rollout.ignore_eos, stop_token_ids=inputs.stop_token_ids, routes=replay == "engine")
+        evaluator = build_evaluator(config, inputs, engine, config.directory, is_main=main)
         return Run(
             config=config, trainer=trainer, engine=engine, tokenizer=inputs.tokenizer, prompts=inputs.prompts, grader=inputs.grader,
             sampler=sampler,
             gate=EntropyGate(**config.gate.model_dump(), lambda_max=config.algorithm.lambda_max),
-            evaluator=build_evaluator(config, inputs, engine, config.directory, is_main=main),
-            sampling=Sampling(temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_new_tokens=config.rollout.max_new_tokens,
-                              ignore_eos=config.rollout.ignore_eos, stop_token_ids=inputs.stop_token_ids),
-            probe=probe, progress=Progress(), health=HealthMonitor(config.health),
+            evaluator=evaluator, sampling=sampling,
+            ahead=None if config.asynchrony.max_staleness == 0 else Ahead(
+                config, engine=engine, sampler=sampler, prompts=inputs.prompts, sampling=sampling, decode=evaluator.decode, is_main=main),
+            routing=RoutingReplay(config=config, replay=replay), probe=probe, progress=Progress(), health=HealthMonitor(config.health),
             writer=CheckpointWriter(config.directory / CHECKPOINTS, trainer), supervisor=supervisor,
             journal=Journal(config.directory, is_writer=main), lock=lock, is_main=main, watch=_build_watch(config, inputs) if main else None)
 

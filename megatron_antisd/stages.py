@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from megatron_antisd import batch as batching
+from megatron_antisd import noise_floor
 from megatron_antisd.algorithm import GateDecision
+from megatron_antisd.drawing import Settled, draw
 from megatron_antisd.grading.groups import EarlyGrading, GradedGroups
 from megatron_antisd.health import refuses, strongest
 from megatron_antisd.keeping import pause
@@ -23,28 +25,22 @@ from megatron_antisd.records import (
     TrainingBatch,
     UpdateFigures,
 )
-from megatron_antisd.rollout.groups import generate_groups
 from megatron_antisd.rollout.probe import ProbeResult
 from megatron_antisd.rollout.replay import load_rollouts, save_rollouts
 from megatron_antisd.run import Run
 from megatron_antisd.token_u import token_u_rows
 
 
-def generate(run: Run, step: int) -> tuple[list[RolloutGroup], EarlyGrading | None]:
+def generate(run: Run, step: int) -> tuple[list[RolloutGroup], EarlyGrading | Settled | None]:
     """G rollouts of the next problems, and their grading, which begins with the first one that is done. Or an earlier run's graded ones
     (`debug.load_rollouts`; the sampler moves on all the same)."""
-    problems = run.sampler.next()
     if run.config.debug.load_rollouts is not None:
+        run.sampler.next()
         return load_rollouts(run.config.debug.load_rollouts, step), None
-    size = run.config.rollout.group_size
-    with EarlyGrading(run.grader, problems, size, run.decode) as grading:
-        groups = generate_groups(
-            run.engine, problems, [run.prompts.student_prompt(p) for p in problems], sampling=run.sampling,
-            group_size=size, seed=run.config.run.seed, step=step, decode=run.decode, finished=grading)
-    return groups, grading
+    return draw(run, step)
 
 
-def grade(run: Run, groups: Sequence[RolloutGroup], grading: EarlyGrading | None, step: int) -> GradedGroups:
+def grade(run: Run, groups: Sequence[RolloutGroup], grading: EarlyGrading | Settled | None, step: int) -> GradedGroups:
     """Rewards and feedback, as far as they are not there yet; replayed rollouts keep theirs."""
     pause(run)
     if grading is None:
@@ -55,6 +51,15 @@ def grade(run: Run, groups: Sequence[RolloutGroup], grading: EarlyGrading | None
     return graded
 
 
+def route(run: Run, graded: GradedGroups, step: int) -> GradedGroups:
+    """The rollouts with the experts that the update will use (`routing.replay`)."""
+    try:
+        return dataclasses.replace(graded, groups=run.routing.prepare(graded.groups, step, run.trainer.score))
+    except NonFiniteScores as error:
+        run.incidents.append(run.health.of_scores(step, error, whose="student"))
+        return graded
+
+
 def score_teacher(run: Run, groups: Sequence[RolloutGroup], step: int) -> batching.TeacherScores:
     """The same weights on the privileged prompt: log-probs and exact entropies, no gradient."""
     pause(run)
@@ -63,15 +68,17 @@ def score_teacher(run: Run, groups: Sequence[RolloutGroup], step: int) -> batchi
     if not run.config.needs_teacher:
         return batching.no_teacher(lengths)
     views: list[PrivilegedView] = [v for group in groups for v in run.prompts.privileged_views(group, seed=run.config.run.seed, step=step)]
+    views = run.routing.teacher_views(views, groups, run.engine.generate)
     scored = [v.view for v in views if v.view is not None]
     try:
         teacher = batching.lay_out_teacher(lengths, views, run.trainer.score(scored) if scored else None)
     except NonFiniteScores as error:
         run.incidents.append(run.health.of_scores(step, error))
         return batching.no_teacher(lengths)
-    if step != run.first_step:
+    if not run.floor.pending:
         return teacher
-    return dataclasses.replace(teacher, empty_context=run.trainer.score(batching.student_views(groups[:1])).log_prob)
+    views = noise_floor.empty_context_views(run.config, groups)
+    return dataclasses.replace(teacher, empty_context=run.trainer.score(views).log_prob)
 
 
 def judge_batch(run: Run, groups: Sequence[RolloutGroup], step: int) -> None:
@@ -82,11 +89,12 @@ def judge_batch(run: Run, groups: Sequence[RolloutGroup], step: int) -> None:
 
 def score_student(run: Run, groups: Sequence[RolloutGroup], step: int) -> TokenScores | None:
     """On-policy, the training forward itself gives the student's log-probs; a pass of its own is paid only for several updates
-    a batch, and where the gate needs the student's entropy."""
+    a batch, for importance weights of whole responses, and where the gate needs the student's entropy."""
     settings = run.config.algorithm
-    needed = settings.updates_per_batch > 1 or (_gated(run) and (run.config.gate.mode == "student" or settings.method == "no_teacher"))
-    if not needed:
-        return None
+    gate_asks = _gated(run) and (run.config.gate.mode == "student" or settings.method == "no_teacher")
+    needed = settings.updates_per_batch > 1 or _corrects_sequences(run) or gate_asks
+    if not needed or run.routing.student is not None:
+        return run.routing.student
     try:
         return run.trainer.score(batching.student_views(groups))
     except NonFiniteScores as error:
@@ -111,12 +119,15 @@ def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherSc
     refused = refuses(run.incidents)
 
     def accept(figures: UpdateFigures) -> bool:
-        found = run.health.of_update(step, figures)
+        floor = noise_floor.judge(run.config, step, figures) if run.floor.pending else []
+        run.floor.pending &= figures.noise_floor_mean is None
+        found = [*run.health.of_update(step, figures), *floor]
         run.incidents.extend(found)
         return not (refused or refuses(found))
 
     old = student if settings.updates_per_batch > 1 else None
-    batches = batching.make_batches(groups, teacher, old, lambda_, settings)
+    ratio = batching.response_log_ratio(groups, student) if student is not None and _corrects_sequences(run) else None
+    batches = batching.make_batches(groups, teacher, old, lambda_, settings, overlong=batching.Overlong.of(run.config), log_ratio=ratio)
     stats: list[StepStats] = []
     for part in batches:
         if stats and strongest(run.incidents) in ("stop", "rollback"):
@@ -132,7 +143,12 @@ def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherSc
 
 def sync(run: Run, stats: Sequence[StepStats]) -> ProbeResult | None:
     """The engine gets the new policy and proves that it holds it; nothing to do when no update was applied."""
-    return run.sync() if any(not s.skipped for s in stats) else None
+    if all(s.skipped for s in stats):
+        return None
+    proof = run.sync()
+    if run.ahead is not None:
+        run.ahead.go_on()
+    return proof
 
 
 def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gate: GateDecision | None, lambda_: float,
@@ -143,17 +159,28 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         **batching.rollout_figures(graded.groups),
         **batching.u_figures(teacher, student),
         **batching.update_figures(stats, [b.tokens for b in batches[: len(stats)]]),
+        **run.routing.figures(stats, student),
         "teacher_entropy_median": teacher.entropy_median,
         "gate_open": gate and gate.open, "gate_warm": gate and gate.warm, "gate_down": gate and gate.down,
         "gate_entropy": gate and gate.entropy, "gate_marginal": gate and gate.marginal,
         "lambda": lambda_, "shadow_lambda": gate.lambda_ if gate is not None and run.config.algorithm.shadow else None,
-        "teacher_masked_rollouts": teacher.missing, "seconds_hidden_grade": graded.hidden_seconds,
+        "teacher_masked_rollouts": teacher.missing, "seconds_hidden_grade": graded.hidden_seconds, **tail_figures(run, graded),
+        **({} if run.ahead is None else run.ahead.figures),
         "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
         "engine_restarts": run.engine.take_restarts(), "grader_rebuilds": graded.rebuilds,
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,
         "probe_mean": probe and probe.mean, "probe_max": probe and probe.max,
         "audit_alarms": audit(run, graded.groups, teacher, student, run.progress.step),
     }
+
+
+def tail_figures(run: Run, graded: GradedGroups) -> dict[str, int | None]:
+    """What the options of `tails` did; None where they are off."""
+    tails = run.config.tails
+    return {"groups_given_up": graded.given_up if tails.oversample > 1 else None,
+            "generation_rounds": graded.rounds if tails.dynamic_sampling else None,
+            "groups_dropped": graded.dropped if tails.dynamic_sampling else None,
+            "overlong_rollouts": batching.Overlong.of(run.config).touched(graded.groups)}
 
 
 def student_log_prob(run: Run, batches: Sequence[TrainingBatch], stats: Sequence[StepStats]) -> torch.Tensor | None:
@@ -199,3 +226,7 @@ def learning_rate(run: Run, step: int) -> float:
 
 def _gated(run: Run) -> bool:
     return run.config.algorithm.method != "grpo" or run.config.algorithm.shadow
+
+
+def _corrects_sequences(run: Run) -> bool:
+    return run.config.correction_mode != "off" and run.config.correction.level == "sequence"

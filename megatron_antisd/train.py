@@ -35,6 +35,7 @@ def train(run: Run, metrics: MetricsWriter) -> None:
             with timer("grade"):  # R_i and the feedback on it
                 graded = stages.grade(run, groups, grading, step)
             with timer("teacher"):  # t_t = log pi_T(y_t | x, c, y_<t) and exact entropies
+                graded = stages.route(run, graded, step)  # in which experts the update computes
                 teacher = stages.score_teacher(run, graded.groups, step)
                 student = stages.score_student(run, graded.groups, step)
             with timer("gate"):  # lambda = g * lambda_max
@@ -48,6 +49,7 @@ def train(run: Run, metrics: MetricsWriter) -> None:
                 row = stages.figures(run, graded, teacher, gate, lambda_, batches, stats, probe)
         seconds = timer.seconds()
         metrics.log(step, {**row, "tokens_per_second": row["tokens"] / seconds["seconds_total"], **seconds})
+        metrics.log_routing(step, run.routing.layers(stats))
         if keeping.act_on_incidents(run, metrics, graded.groups, step):
             continue  # at the checkpoint it went back to
         if is_due(run, step):

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from megatron_antisd.config import ConfigError, RunConfig, Section, build_config, dump_config, known_keys, load_config
+from megatron_antisd.config.rollout_rules import rollout_problems
 from megatron_antisd.config.rules import check, check_files, check_layout, data_parallel_size, max_context
 
 MINIMAL = {"model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
@@ -425,3 +426,43 @@ def test_collectives_outlast_every_stage() -> None:
     config = build_config({"model": {"path": "m"}, "parallel": {"timeout_seconds": 600}})
     assert config.collective_seconds == config.supervision.evaluate_seconds + 60
     assert build_config({"model": {"path": "m"}, "parallel": {"timeout_seconds": 99999}}).collective_seconds == 99999
+
+
+def test_a_bare_off_is_what_it_says(tmp_path: Path) -> None:
+    """YAML 1.1 reads it as false."""
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ncorrection: {mode: off}\nrouting: {replay: off}\n")
+    config = load_config(tmp_path / "run.yaml", ["tails.overlong=off"])
+    assert (config.correction.mode, config.routing.replay, config.tails.overlong) == ("off",) * 3
+    assert load_config(_written(tmp_path, dump_config(config))).correction.mode == "off"
+
+
+def _written(directory: Path, text: str) -> Path:
+    (directory / "dumped.yaml").write_text(text)
+    return directory / "dumped.yaml"
+
+
+def test_the_correction_is_on_where_the_engine_cannot_be_the_trainer() -> None:
+    def mode(**sections: dict[str, object]) -> str:
+        return build_config({"model": {"path": "m", "dtype": "float32"}, **sections}).correction_mode  # type: ignore[dict-item]
+
+    assert mode() == "off" and mode(model={"path": "m", "dtype": "bfloat16"}) == "truncate"
+    assert mode(asynchrony={"max_staleness": 1}) == "truncate"
+    assert mode(model={"path": "m", "dtype": "bfloat16"}, correction={"mode": "off"}) == "off" and mode(correction={"mode": "mask"}) == "mask"
+
+
+@pytest.mark.parametrize(("wanted", "oversample", "drawn"), [(32, 1.0, 32), (4, 1.5, 6), (3, 1.1, 4), (10, 1.1, 11), (1, 4.0, 4), (100, 1.1, 110)])
+def test_oversampling_rounds_up_and_not_beyond(wanted: int, oversample: float, drawn: int) -> None:
+    assert build_config({"model": {"path": "m"}, "tails": {"oversample": oversample}}).problems_drawn(wanted) == drawn
+
+
+@pytest.mark.parametrize(("sections", "words"), [
+    ({"correction": {"mode": "off", "level": "sequence"}}, "correction.level=sequence has no effect with correction.mode=off"),
+    ({"tails": {"oversample": 1.0 + 1e-12}}, "starts no group more than rollout.problems_per_step=32; the least that does is 1.03"),
+    ({"tails": {"overlong": "penalty", "overlong_buffer": 9000}}, "tails.overlong_buffer=9000 must not exceed rollout.max_new_tokens=8192"),
+    ({"tails": {"overlong": "mask"}, "rollout": {"ignore_eos": True}}, "leaves nothing in the loss"),
+    ({"tails": {"oversample": 1.5, "schedule": "longest_first"}, "asynchrony": {"max_staleness": 1}, "rollout": {"mode": "servers"}},
+     "tails.oversample, tails.schedule cannot go with asynchrony.max_staleness=1"),
+])
+def test_tails_and_corrections_without_effect_are_refused(sections: dict[str, dict[str, object]], words: str) -> None:
+    config = build_config({"model": {"path": "m"}, **sections})
+    assert any(words in problem for problem in rollout_problems(config, moe=False)), list(rollout_problems(config, moe=False))

@@ -35,6 +35,14 @@ def phi(u: Tensor) -> Tensor:
     return 0.5 * (torch.logaddexp(u, torch.zeros_like(u)) - math.log(2.0))
 
 
+def soft_overlong_penalty(length: int, *, limit: int, buffer: int, penalty: float) -> float:
+    """What is added to the reward of a response of `length` tokens (Yu et al. 2025, DAPO, Eq. 13, times `penalty`): 0 up to `limit - buffer`, from
+    there linearly down to -`penalty` at `limit`, the longest response that can be. Raises ValueError for a length beyond it."""
+    if not 1 <= buffer <= limit or not 0 < length <= limit:
+        raise ValueError(f"got length {length}, limit {limit}, buffer {buffer}; expected 1 <= buffer <= limit and 1 <= length <= limit")
+    return -penalty * max(0.0, (length - (limit - buffer)) / buffer)
+
+
 def group_advantage(rewards: Tensor, *, std: Literal["unbiased", "biased"] = "unbiased", eps: float = 1e-6) -> Tensor:
     """A_seq of one group: rewards [G], G >= 2, -> (R - mean) / (std + eps) [G], exactly 0 where all rewards are equal.
 

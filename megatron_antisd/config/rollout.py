@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_antisd.config.training import Section
+
+BARE_OFF = BeforeValidator(lambda value: "off" if value is False else value)
+"""YAML reads a bare `off` as false."""
 
 
 class RolloutConfig(Section):
@@ -28,6 +31,8 @@ class RolloutConfig(Section):
     """Nucleus in training. Below 1 the engine's log-probs are over the nucleus, the trainer's are not."""
     tensor_parallel_size: int = Field(1, ge=1)
     """Engine TP; the rest of the world is replicas. With `mode: servers` that of each server."""
+    expert_parallel: bool = False
+    """Whole experts on each of an engine's tensor-parallel ranks, instead of a slice of every expert."""
     max_sequences: int = Field(256, ge=1)
     """Sequences an engine replica decodes at once."""
     memory_fraction: float = Field(0.45, gt=0, lt=1)
@@ -48,7 +53,7 @@ class RolloutConfig(Section):
 
 
 class RoutingConfig(Section):
-    replay: Literal["auto", "engine", "scoring", "off"] = "auto"
+    replay: Annotated[Literal["auto", "engine", "scoring", "off"], BARE_OFF] = "auto"
     """Which experts the update uses: those the engine chose when it sampled (R3), those of the trainer's own scoring pass (R2), or its own anew.
     `auto`: the engine's for a mixture of experts in bfloat16 under vLLM, else off."""
     teacher: Literal["free", "student", "own"] = "free"
@@ -61,7 +66,7 @@ class RoutingConfig(Section):
 
 
 class CorrectionConfig(Section):
-    mode: Literal["auto", "off", "truncate", "mask"] = "auto"
+    mode: Annotated[Literal["auto", "off", "truncate", "mask"], BARE_OFF] = "auto"
     """Importance weights trainer / engine probability against the mismatch of the two: `truncate` bounds them from above, `mask` drops what lies
     outside the bounds. `auto`: truncate where rollouts may be stale or the model is in bfloat16, else off."""
     level: Literal["token", "sequence"] = "token"
@@ -74,20 +79,21 @@ class CorrectionConfig(Section):
 
 class NoiseFloorConfig(Section):
     limit: float | None = Field(None, gt=0)
-    """Largest mean |u| under an empty privileged context, where u must be 0, that a run with a teacher starts with, in nats; None takes 1e-4 in
-    float32, 0.1 in bfloat16."""
+    """Largest mean |u| under an empty privileged context, where u must be 0, that a run with a teacher makes its first update with, in nats; None takes
+    1e-4 in float32, 0.1 in bfloat16."""
     rollouts: int = Field(8, ge=1)
-    """Rollouts of the first step that it is measured on."""
+    """Rollouts of the first update that it is measured on."""
 
 
 class TailsConfig(Section):
     oversample: float = Field(1.0, ge=1, le=4)
-    """Groups that are started for each one that is needed; the slowest are given up when enough are complete. Prefers problems with short answers."""
+    """Groups that are started for each one that is needed; the slowest are given up when enough are complete, and their problems come again in their
+    next epoch. Prefers problems with short answers."""
     dynamic_sampling: bool = False
-    """Generate further problems in place of groups whose rewards are all equal, which leave the batch. AntiSD learns from those, GRPO does not."""
+    """Draw further problems in place of groups whose rewards are all equal, which leave the batch. AntiSD learns from those, GRPO does not."""
     dynamic_rounds: int = Field(3, ge=1)
     """With `dynamic_sampling`: rounds of generation a step at most; then the batch is filled up with equal groups."""
-    overlong: Literal["off", "mask", "penalty"] = "off"
+    overlong: Annotated[Literal["off", "mask", "penalty"], BARE_OFF] = "off"
     """Truncated responses out of the loss, or a penalty on the reward that grows over the last `overlong_buffer` tokens."""
     overlong_buffer: int = Field(4096, ge=1)
     """With `overlong: penalty`: tokens before `rollout.max_new_tokens` over which the penalty grows."""

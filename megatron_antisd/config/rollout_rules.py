@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from megatron_antisd.config.schema import RunConfig
 
@@ -14,6 +14,9 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def rollout_problems(config: RunConfig, *, moe: bool) -> Iterator[str]:
     """Keys without effect or in each other's way, whatever the model's sizes. `moe`: a mixture of experts."""
     yield from _server_problems(config)
+    yield from _routing_problems(config, moe=moe)
+    yield from _correction_problems(config)
+    yield from _tail_problems(config)
 
 
 def _server_problems(config: RunConfig) -> Iterator[str]:
@@ -23,6 +26,56 @@ def _server_problems(config: RunConfig) -> Iterator[str]:
     if asynchrony.max_staleness and rollout.mode != "servers":
         yield (f"asynchrony.max_staleness={asynchrony.max_staleness} needs rollout.mode=servers, got {rollout.mode}: an engine inside the trainer's "
                "processes cannot generate while they train")
+
+
+def routing_replay(config: RunConfig, *, moe: bool) -> Literal["engine", "scoring", "off"]:
+    """What `routing.replay` comes to for a model. In float32 the routers of trainer and engine agree as they are."""
+    if config.routing.replay != "auto":
+        return config.routing.replay
+    return "engine" if moe and config.model.dtype == "bfloat16" and config.rollout.engine == "vllm" else "off"
+
+
+def _routing_problems(config: RunConfig, *, moe: bool) -> Iterator[str]:
+    routing, replay = config.routing, routing_replay(config, moe=moe)
+    if replay != "off" and not moe:
+        yield f"routing.replay={replay} needs a mixture of experts, which the model is not: set it to auto or off"
+    if replay == "engine" and config.rollout.engine != "vllm":
+        yield (f"routing.replay=engine needs rollout.engine=vllm, got {config.rollout.engine}: the training model generates with its own routers; "
+               "set scoring, auto or off")
+    if routing.teacher != "free":
+        needed = ("engine",) if routing.teacher == "own" else ("engine", "scoring")
+        if replay not in needed:
+            yield (f"routing.teacher={routing.teacher} needs routing.replay={' or '.join(needed)}, which is {replay} here (routing.replay="
+                   f"{routing.replay}); set routing.teacher=free")
+        elif not config.needs_teacher:
+            yield f"routing.teacher={routing.teacher} has no effect with algorithm.method={config.algorithm.method}, which has no teacher"
+    if routing.teacher == "own" and config.asynchrony.max_staleness:
+        yield (f"routing.teacher=own cannot go with asynchrony.max_staleness={config.asynchrony.max_staleness}: the engine may hold other weights "
+               "than the teacher, whose experts it is asked for")
+
+
+def _correction_problems(config: RunConfig) -> Iterator[str]:
+    if config.correction.level == "sequence" and config.correction_mode == "off":
+        yield (f"correction.level=sequence has no effect with correction.mode={config.correction.mode}, which is off here: set correction.mode "
+               "to truncate or mask")
+
+
+def _tail_problems(config: RunConfig) -> Iterator[str]:
+    rollout, tails = config.rollout, config.tails
+    if tails.oversample > 1 and config.problems_drawn(rollout.problems_per_step) == rollout.problems_per_step:
+        yield (f"tails.oversample={tails.oversample:g} starts no group more than rollout.problems_per_step={rollout.problems_per_step}; the least "
+               f"that does is {1 + 1 / rollout.problems_per_step:.3g}")
+    if tails.overlong == "penalty" and tails.overlong_buffer > rollout.max_new_tokens:
+        yield (f"tails.overlong_buffer={tails.overlong_buffer} must not exceed rollout.max_new_tokens={rollout.max_new_tokens}: the penalty grows "
+               "over the last tokens of a response")
+    if tails.overlong == "mask" and rollout.ignore_eos:
+        yield "tails.overlong=mask with rollout.ignore_eos=true leaves nothing in the loss: every response is truncated"
+    if config.asynchrony.max_staleness:
+        waiting = {"tails.oversample": tails.oversample > 1, "tails.dynamic_sampling": tails.dynamic_sampling,
+                   "tails.schedule": tails.schedule != "given"}
+        if any(waiting.values()):
+            yield (f"{', '.join(key for key, given in waiting.items() if given)} cannot go with asynchrony.max_staleness="
+                   f"{config.asynchrony.max_staleness}: batches are drawn ahead there, and nobody waits for the slowest response")
 
 
 def vllm_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool, cpu: bool) -> Iterator[str]:
@@ -38,6 +91,9 @@ def vllm_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool, cpu
         yield f"the model's {key}={model[key]} must be divisible by rollout.tensor_parallel_size={tp}"
     if moe and tp > model["num_experts"]:
         yield f"rollout.tensor_parallel_size={tp} must not exceed the model's num_experts={model['num_experts']}"
+    if config.rollout.expert_parallel and (not moe or tp == 1 or model["num_experts"] % tp):
+        yield (f"rollout.expert_parallel=true needs a mixture of experts whose number divides by rollout.tensor_parallel_size={tp}, which is at least "
+               f"2; the model has {model['num_experts'] if moe else 'none'}")
     if cpu and model["head_dim"] not in VLLM_CPU_HEAD_SIZES:
         yield (f"the model's head_dim={model['head_dim']} is not one vLLM has on CPU "
                f"({', '.join(map(str, VLLM_CPU_HEAD_SIZES))}); set rollout.engine=megatron")

@@ -240,6 +240,18 @@ class RunConfig(Section):
         """Whether the teacher pass runs at all."""
         return self.algorithm.method not in ("grpo", "no_teacher") or self.algorithm.shadow
 
+    @property
+    def correction_mode(self) -> Literal["off", "truncate", "mask"]:
+        """What `correction.mode` comes to: `auto` truncates where the engine's distribution cannot be the trainer's."""
+        mode = self.correction.mode
+        if mode == "auto":
+            return "truncate" if self.model.dtype == "bfloat16" or self.asynchrony.max_staleness > 0 else "off"
+        return mode
+
+    def problems_drawn(self, wanted: int) -> int:
+        """Problems whose groups are started where `wanted` complete ones are needed: more where `tails.oversample` is above 1."""
+        return math.ceil(wanted * self.tails.oversample - 1e-9)
+
     @model_validator(mode="after")
     def _rules(self) -> RunConfig:
         for where, template, fields in (

@@ -28,6 +28,12 @@ class GradedGroups:
     """Times that a rank's grading pool was rebuilt, over all ranks, since the last grading."""
     hidden_seconds: float | None = None
     """From the first answer given to a grader of this rank until the engine was done: grading that the step did not wait for."""
+    given_up: int = 0
+    """Groups that the engine began and gave up (`tails.oversample`)."""
+    rounds: int = 1
+    """Rounds of generation (`tails.dynamic_sampling`)."""
+    dropped: int = 0
+    """Complete groups that left the batch since their rewards were all equal."""
 
 
 class EarlyGrading:
@@ -42,6 +48,7 @@ class EarlyGrading:
     def __init__(self, pool: GradingPool, problems: Sequence[Problem], group_size: int, decode: Callable[[Sequence[int]], str]) -> None:
         self._pool, self._grading = pool, pool.open()
         self._problems, self._group_size, self._decode = problems, group_size, decode
+        self._kept: Sequence[int] = range(len(problems))
         self._tasks: list[GradingTask] = []
         self._places: dict[tuple[int, tuple[int, ...]], int] = {}
         """Of (rollout, response ids) among the tasks."""
@@ -72,6 +79,10 @@ class EarlyGrading:
         except Exception as error:  # whatever it was: see above
             self._error = self._error or error
 
+    def keep(self, numbers: Sequence[int]) -> None:
+        """The groups that came back, in order, by their number among the problems. Others were given up: what was graded of them counts nowhere."""
+        self._kept = numbers
+
     def complete(self, groups: Sequence[RolloutGroup], feedback: PrivilegedConfig) -> GradedGroups:
         """Wait for what is not graded yet, then set reward and feedback of every rollout. Collective. A pool that died is rebuilt, and this
         rank's whole share graded again.
@@ -82,13 +93,15 @@ class EarlyGrading:
         share, error = _Share(verdicts={}, rebuilds=0), None
         try:
             verdicts = self._report().verdicts
-            rollouts = [rollout for group in groups for rollout in group.rollouts]
-            places = {index: self._places.get((index, rollout.response_ids)) for index, rollout in enumerate(rollouts)}
+            begun = [(number * self._group_size + rollout.index, rollout.response_ids)
+                     for number, group in zip(self._kept, groups, strict=True) for rollout in group.rollouts]
+            places = {index: self._places.get(rollout) for index, rollout in enumerate(begun)}
             share = _Share(verdicts={index: verdicts[place] for index, place in places.items() if place is not None},
                            rebuilds=self._pool.take_rebuilds())
         except Exception as exception:  # the other ranks wait for this one's share
             error = exception
-        return replace(_graded(groups, _shares_of_all(share, error), feedback), hidden_seconds=hidden)
+        return replace(_graded(groups, _shares_of_all(share, error), feedback), hidden_seconds=hidden,
+                       given_up=len(self._problems) - len(self._kept))
 
     def _report(self) -> GradingReport:
         try:

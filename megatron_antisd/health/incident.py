@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from megatron_antisd.config.reliability import Action
 
-Kind = Literal["non_finite", "gradient_spike", "entropy_collapse", "reward_collapse", "mismatch", "all_truncated"]
-"""Each is a section of the same name under `health`."""
+Kind = Literal["non_finite", "gradient_spike", "entropy_collapse", "reward_collapse", "mismatch", "all_truncated", "noise_floor"]
+"""Each is a section of the same name under `health`, but for the noise floor, which has one of its own and its limit alone."""
 
 STRENGTH: dict[Action, int] = {"log": 0, "skip": 1, "rollback": 2, "stop": 3}
 DONE: dict[Action, str] = {
@@ -43,7 +43,8 @@ class Incident:
     def message(self) -> str:
         """One sentence: what was seen, the limit, the keys, what is done."""
         note = f" ({self.note})" if self.note else ""
-        return f"step {self.step}: {self.seen}; {DONE[self.action]}{note} [health.{self.kind}.action]"
+        key = "noise_floor.limit" if self.kind == "noise_floor" else f"health.{self.kind}.action"
+        return f"step {self.step}: {self.seen}; {DONE[self.action]}{note} [{key}]"
 
     def instead(self, action: Action, note: str) -> Incident:
         """The same with another action, and why: a rollback without a checkpoint is a stop, say."""

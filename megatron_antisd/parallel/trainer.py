@@ -18,14 +18,17 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_antisd.algorithm import clipped_surrogate, token_advantage, token_weights
+from megatron_antisd.algorithm import clipped_surrogate, importance_weights, token_advantage, token_weights
 from megatron_antisd.config import RunConfig
 from megatron_antisd.models.attention import PackedSequences
 from megatron_antisd.models.build import ModelDescription, build_model
+from megatron_antisd.parallel import update_figures
 from megatron_antisd.parallel.data_parallel import data_parallel_chunks
+from megatron_antisd.parallel.engine_weights import EngineWeights
 from megatron_antisd.parallel.layout import ProcessLayout
 from megatron_antisd.parallel.optimizer import build_optimizer, guarded_update, set_learning_rate
 from megatron_antisd.parallel.reshard import WeightStream
+from megatron_antisd.parallel.routing import BatchRouting
 from megatron_antisd.parallel.rows import Row, RowPlan, cost_model, lone_filler, lone_row, plan_rows
 from megatron_antisd.parallel.statistics import lower_median
 from megatron_antisd.parallel.stored_weights import load_model_weights
@@ -54,19 +57,27 @@ class Trainer:
             self.optimizer = build_optimizer(config.optimizer, self.ddp, dtype, config.parallel.distributed_optimizer)
             model_config.finalize_model_grads_func = _sum_gradients
             model_config.grad_scale_func = self.optimizer.scale_loss
+        self.routing = BatchRouting(self.chunks, description, layout)
         self._schedule = get_forward_backward_func()
         self._cost = cost_model(description)
         self._kernels = select_kernels(config.trainer.vocab_kernels)
         self._stream = WeightStream(self.chunks, description, layout, config.rollout.sync_bucket_bytes)
+        self.engine_weights = EngineWeights(config, self.chunks, description, layout)
+        """For `rollout.probe.synchronise`."""
 
-    def score(self, views: Sequence[ScoringView], *, gather_entropy: bool = False) -> TokenScores:
+    def score(self, views: Sequence[ScoringView], *, gather_entropy: bool = False, record_routes: bool = False) -> TokenScores:
         """Log-prob of every response token and the exact median of their entropies, without gradient; each token's entropy only where asked
-        for: nothing in training needs it beyond the rank that computed it. Collective; the same on every rank. Raises NonFiniteScores, on every
-        rank, where a log-prob is not finite."""
+        for: nothing in training needs it beyond the rank that computed it. Views' `routes` are followed; with `record_routes` the scores hold what
+        the routers would choose. Collective; the same on every rank. Raises, on every rank, NonFiniteScores where a log-prob is not finite,
+        RoutesError where routes do not fit."""
+        self.routing.check(views)
+        record = self.routing.require() if record_routes else None
         # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
         short = ScoringView(prompt_ids=views[0].prompt_ids[:1], response_ids=views[0].response_ids[:1])
         missing = max(0, self.layout.data_size - len(views))
-        plan = plan_rows([*views, *[short] * missing], self.layout, self.config.trainer.score_micro_batch_tokens, model=self._cost)
+        filled = [*views, *[short] * missing]
+        plan = plan_rows(filled, self.layout, self.config.trainer.score_micro_batch_tokens, model=self._cost,
+                         record=record and (record.layers, record.top_k))
         self._set_training(False)
         with torch.no_grad():
             results = self._run(plan.rows, self._scores, forward_only=True)
@@ -80,12 +91,14 @@ class Trainer:
                 f"the log-probs of {len(broken)} of {tokens} scored response tokens are not finite, first that of token {first}, "
                 f"{float(log_prob[first])}: the weights are not finite, or hidden states are (their rank logged it)", token=first, lengths=lengths)
         return TokenScores(log_prob=log_prob, entropy_median=self._median_entropy(plan, results, tokens),
-                           entropy=self._assemble(plan, results, 1)[:tokens] if gather_entropy else None, lengths=lengths)
+                           entropy=self._assemble(plan, results, 1)[:tokens] if gather_entropy else None, lengths=lengths,
+                           routes=self.routing.recorded(filled, plan.rows)[: len(views)] if record_routes else None)
 
     def step(self, batch: TrainingBatch, learning_rate: float, *, accept: Callable[[UpdateFigures], bool] = lambda figures: True) -> StepStats:
         """One policy update. `accept` is asked once, when the gradient is there and before anything is clipped or changed; where it returns
         False, or where the figures are not finite whatever it returns, weights, moments and step counts stay as they are. Collective; every
         rank asks with the same figures, and all must answer alike."""
+        self.routing.check(batch.views)
         plan = plan_rows(batch.views, self.layout, self.config.trainer.micro_batch_tokens, model=self._cost)
         weights = token_weights(batch.lengths, batch.sequence_mask, self.config.algorithm.loss)
         sequence_advantage = batch.sequence_advantage.repeat_interleave(torch.tensor(batch.lengths))
@@ -103,17 +116,20 @@ class Trainer:
             loss=loss, grad_norm=0.0, clip_fraction=clipped / batch.tokens, student_entropy_mean=entropy / sum(plan.lengths),
             mismatch_kl=float((torch.expm1(difference.double()) - difference.double()).mean()),
             mismatch_mean=float(difference.abs().double().mean()), mismatch_max=float(difference.abs().max()),
-            broken_tokens=int((~log_prob.isfinite()).sum()))
+            broken_tokens=int((~log_prob.isfinite()).sum()), **update_figures.correction(self.config, batch, difference, weights),
+            **update_figures.noise_floor(batch, log_prob))
         set_learning_rate(self.optimizer, learning_rate)
         norm, applied = guarded_update(
             self.optimizer, self.config.optimizer.clip_grad, finite_loss=before_gradient.finite,
             accept=lambda norm: accept(dataclasses.replace(before_gradient, grad_norm=norm)))
         return StepStats(
             **{**vars(before_gradient), "grad_norm": norm}, skipped=not applied, padding_share=plan.padding_share,
-            student=TokenScores(log_prob=log_prob, entropy_median=None, lengths=plan.lengths))
+            student=TokenScores(log_prob=log_prob, entropy_median=None, lengths=plan.lengths),
+            routes_equal=self.routing.equal_shares(batch.views, plan.rows))
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor) of the whole policy, bucketed. Collective: drain it on every rank."""
+        """(Hugging Face name, full tensor) of the whole policy, bucketed, for files and comparisons; engines get `engine_weights`. Collective:
+        drain it on every rank."""
         return self._stream.stream()
 
     def hidden_states(self, input_ids: torch.Tensor, packed: PackedSequences) -> torch.Tensor | None:
@@ -184,16 +200,23 @@ class Trainer:
                      hidden: torch.Tensor) -> tuple[Any, ...]:
         """(loss with gradient, log-prob, entropy, loss, clipped tokens) of one row. `sequence_advantage`, `weights`: of every token of the batch."""
         settings = self.config.algorithm
-        a_seq, weight, teacher, mask = (tensor[row.where].to(self.layout.device) for tensor in (
-            sequence_advantage, weights, batch.teacher_log_prob, batch.teacher_mask))
-        old = None if batch.old_log_prob is None else batch.old_log_prob[row.where].to(self.layout.device)
+        a_seq, weight, teacher, mask, engine = (tensor[row.where].to(self.layout.device) for tensor in (
+            sequence_advantage, weights, batch.teacher_log_prob, batch.teacher_mask, batch.engine_log_prob))
+        old, given = (None if tensor is None else tensor[row.where].to(self.layout.device) for tensor in (
+            batch.old_log_prob, batch.correction_log_ratio))
+        correction, mode = self.config.correction, self.config.correction_mode
         clipped = torch.zeros((), dtype=torch.int64, device=self.layout.device)
 
         def token_loss(rows: slice, log_prob: torch.Tensor) -> torch.Tensor:
             # Off-policy, u stays that of the policy that sampled: the teacher was scored with its weights too.
-            advantage = token_advantage(a_seq[rows], log_prob.detach() if old is None else old[rows], teacher[rows], mask[rows],
+            sampling = log_prob.detach() if old is None else old[rows]
+            advantage = token_advantage(a_seq[rows], sampling, teacher[rows], mask[rows],
                                         method=settings.method, lambda_=batch.lambda_, compose=settings.compose)
-            loss, count = clipped_surrogate(log_prob, None if old is None else old[rows], advantage, weight[rows], settings.clip)
+            token_weight = weight[rows]
+            if mode != "off":  # the denominator inside `weight` stays: a token that is masked is still one of the batch
+                log_ratio = sampling - engine[rows] if given is None else given[rows]
+                token_weight = token_weight * importance_weights(log_ratio, mode=mode, lower=correction.lower, upper=correction.upper).weight
+            loss, count = clipped_surrogate(log_prob, None if old is None else old[rows], advantage, token_weight, settings.clip)
             clipped.add_(count)
             return loss
 

@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from megatron_antisd.algorithm import group_advantage, token_advantage
+from megatron_antisd.algorithm import group_advantage, soft_overlong_penalty, token_advantage
 
 LAMBDA = 0.5
 
@@ -205,3 +205,16 @@ def test_bad_input_is_refused_even_at_lambda_zero(change: dict, words: str) -> N
                  "teacher_mask": torch.ones(5).bool(), "method": "antisd", "lambda_": lambda_} | change
         with pytest.raises(ValueError, match=words):
             token_advantage(**given)
+
+
+@pytest.mark.parametrize(("length", "added"), [(1, 0.0), (12, 0.0), (13, -0.25), (14, -0.5), (16, -1.0)])
+def test_the_overlong_penalty_grows_over_the_buffer(length: int, added: float) -> None:
+    """DAPO's soft punishment: limit 16, buffer 4."""
+    assert soft_overlong_penalty(length, limit=16, buffer=4, penalty=1.0) == added
+    assert soft_overlong_penalty(length, limit=16, buffer=4, penalty=3.0) == 3 * added
+
+
+@pytest.mark.parametrize(("length", "buffer"), [(17, 4), (0, 4), (3, 17), (3, 0)])
+def test_the_overlong_penalty_refuses(length: int, buffer: int) -> None:
+    with pytest.raises(ValueError, match="expected 1 <= buffer <= limit and 1 <= length <= limit"):
+        soft_overlong_penalty(length, limit=16, buffer=buffer, penalty=1.0)

@@ -86,3 +86,17 @@ def test_another_seed_on_resume_is_said(caplog: pytest.LogCaptureFixture) -> Non
     sampler = ProblemSampler(make(6), 2, seed=1)
     sampler.load_state_dict(ProblemSampler(make(6), 2, seed=0).state_dict())
     assert "saved with seed=0 and continues with seed=1" in caplog.text
+
+
+def test_states_of_earlier_releases_are_understood() -> None:
+    """They had batches of one size, and did not say what straddled the epochs."""
+    running, resumed = ProblemSampler(make(7), 3, seed=0), ProblemSampler(make(7), 3, seed=0)
+    draw(running, 9)
+    state = running.state_dict()
+    assert len(state["straddles"]) == state["epoch"] == 3
+    resumed.load_state_dict({key: value for key, value in state.items() if key != "straddles"})
+    assert draw(resumed, 9) == draw(running, 9)
+    with pytest.raises(ValueError, match="impossible: epoch 3 with 1 batches"):
+        resumed.load_state_dict({**state, "straddles": [[1, 2]]})
+    with pytest.raises(ValueError, match="asked for 4 problems at once, expected 1 to 3"):
+        running.next(4)

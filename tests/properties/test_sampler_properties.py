@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +52,25 @@ def test_saving_and_loading_anywhere_is_invisible(data: tuple[list[Problem], int
         found += drawn(sampler, steps)
         state = json.dumps(sampler.state_dict())
     assert found == expected
+
+
+@given(data=data_sets(), draw=st.randoms(use_true_random=False), steps=st.integers(1, 16), stop=st.integers(0, 16))
+def test_batches_of_any_sizes_keep_epochs_whole_and_resume(data: tuple[list[Problem], int], draw: Random, steps: int, stop: int) -> None:
+    problems, most = data
+    counts = [draw.randint(1, most) for _ in range(steps)]
+    sampler, resumed = ProblemSampler(problems, most, seed=3), ProblemSampler(problems, most, seed=3)
+    batches = []
+    for i, count in enumerate(counts):
+        if i == stop:
+            resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+        batches.append([problem.id for problem in sampler.next(count)])
+        if i >= stop:
+            assert [problem.id for problem in resumed.next(count)] == batches[-1]
+    assert all(len(set(batch)) == count for batch, count in zip(batches, counts, strict=True))
+    stream = [each for batch in batches for each in batch]
+    for start in range(0, len(stream), len(problems)):
+        epoch = stream[start : start + len(problems)]
+        assert len(set(epoch)) == len(epoch)
 
 
 @given(seeds=st.tuples(st.integers(0, 1 << 40), st.integers(0, 1 << 40)).filter(lambda seeds: seeds[0] != seeds[1]), per_step=st.integers(1, 20))
