@@ -7,6 +7,7 @@ where bfloat16 alone would make their routers differ. R2 (`scoring`): the update
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -19,6 +20,9 @@ from megatron_antisd.rollout.engine import Generation, Request, Sampling
 from megatron_antisd.token_routes import TokenRoutes
 
 Replay = Literal["engine", "scoring", "off"]
+
+OUTSIDE = math.log(1.25)
+"""Beyond this difference of log-probs, nats, the ratio of probabilities lies outside 0.8 .. 1.25."""
 
 
 class Score(Protocol):
@@ -111,6 +115,7 @@ class RoutingReplay:
         for name, difference in (("free", self._sample and self._sample.free), ("replayed", replayed)):
             found[f"mismatch_{name}_mean"] = None if difference is None else float(difference.double().mean())
             found[f"mismatch_{name}_max"] = None if difference is None else float(difference.max())
+            found[f"mismatch_{name}_outside"] = None if difference is None else float((difference > OUTSIDE).double().mean())
         return found
 
     def layers(self, stats: Sequence[StepStats]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Two ranks: vLLM's routes under every layout of two ranks, against transformers' routers; findings go to a file of each rank.
+"""Two ranks: vLLM's routes as one engine and as two, against transformers' routers; findings go to a file of each rank.
 
 Usage: routes_ranks.py FOLDER
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from vllm_ranks import error_of, make_requests
 from megatron_antisd.config import RolloutConfig
 from megatron_antisd.rollout.engine import Generation, Request, Sampling
 from megatron_antisd.rollout.vllm_engine import VllmEngine
-from megatron_antisd.token_routes import TokenRoutes
 
 LONG, CONTEXT = 300, 512  # two full KV blocks of 128 tokens and a rest
 ROUTED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, ignore_eos=True, routes=True)
@@ -48,10 +48,10 @@ def others(model: Any, requests: Sequence[Request], generations: Sequence[Genera
     return count
 
 
-def start(path: Path, tensor_parallel: int, routes: bool = True, **settings: Any) -> VllmEngine:
+def start(path: Path, tensor_parallel: int, **settings: Any) -> VllmEngine:
     rollout = RolloutConfig(**{"tensor_parallel_size": tensor_parallel, "max_context": CONTEXT, "max_sequences": 16, "kv_cache_bytes": 64 << 20,
                                **settings})
-    return VllmEngine(path, rollout=rollout, dtype="float32", timeout_seconds=60, routes=routes)
+    return VllmEngine(path, rollout=rollout, dtype="float32", timeout_seconds=60, routes=True)
 
 
 def engine_facts(engine: VllmEngine, old: Any, new: Any, new_tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -116,25 +116,19 @@ def main(folder: Path) -> None:
 
     new_tensors = load_file(folder / "moe1/model.safetensors")
     facts: dict[str, Any] = {}
-    for tensor_parallel in (1, 2):
-        engine = start(folder / "moe0", tensor_parallel)
-        facts[f"tp{tensor_parallel}"] = engine_facts(engine, models[0], models[1], new_tensors)
-        if tensor_parallel == 2:
-            facts["none"] = broken_output(engine, lambda routes: None)
-            facts["short"] = broken_output(engine, lambda routes: routes[1:])
-        engine.close()
+    engine = start(folder / "moe0", 2)
+    facts["engine"] = engine_facts(engine, models[0], models[1], new_tensors)
+    facts["none"] = broken_output(engine, lambda routes: None)
+    facts["short"] = broken_output(engine, lambda routes: routes[1:])
+    engine.close()
     small = start(folder / "moe0", 1, kv_cache_bytes=1 << 20, max_context=400)  # a few blocks: sequences are preempted and computed again
     requests = [Request(prompt_ids=tuple(torch.randint(3, VOCAB, (100,), generator=torch.Generator().manual_seed(i)).tolist()), seed=i)
                 for i in range(8)]
     longer = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=60, ignore_eos=True, routes=True)
     facts["preempted"] = others(models[0], requests, small.generate(requests, longer))
-    facts["preemptions"] = small._replica._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks
+    facts["blocks"] = small._replica._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks
     small.close()
-    without = start(folder / "moe0", 1, routes=False)
-    facts["not_built_for_it"] = error_of(lambda: without.generate(make_requests(2, length=9), ROUTED))
-    without.close()
-    facts["threads_left"] = [thread.name for thread in __import__("threading").enumerate() if "aux" in thread.name]
-    facts["type"] = TokenRoutes.__name__
+    facts["threads_left"] = [thread.name for thread in threading.enumerate() if "aux" in thread.name]
     (folder / f"routes_{rank}.json").write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
