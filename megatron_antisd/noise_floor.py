@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,19 +20,22 @@ import torch.distributed as dist
 
 from megatron_antisd import batch as batching
 from megatron_antisd.config import RunConfig, load_config
+from megatron_antisd.config.rollout_rules import routing_replay
 from megatron_antisd.data import ProblemSampler
 from megatron_antisd.health import Incident
 from megatron_antisd.inputs import Inputs, read_inputs
 from megatron_antisd.policy import build_policy
-from megatron_antisd.records import NonFiniteScores, RolloutGroup, ScoringView, TrainingBatch, UpdateFigures
-from megatron_antisd.rollout.engine import Sampling
+from megatron_antisd.records import NonFiniteScores, PrivilegedView, RolloutGroup, ScoringView, TrainingBatch, UpdateFigures
+from megatron_antisd.rollout.engine import Generation, Request, Sampling
 from megatron_antisd.rollout.groups import generate_groups
 from megatron_antisd.rollout.probe import DEFAULT_LIMIT, synchronise
+from megatron_antisd.routing import RoutingReplay
 from megatron_antisd.run import SETUP_ERRORS, set_up_logging
 
 if TYPE_CHECKING:
     from megatron_antisd.parallel.trainer import Trainer
 
+Generate = Callable[[Sequence[Request], Sampling], Sequence[Generation | None]]
 USAGE = "usage: torchrun --nproc-per-node N -m megatron_antisd.noise_floor CONFIG.yaml [key=value ...]"
 LARGE = 0.1
 """Nats; the share of tokens above it is reported."""
@@ -43,15 +46,19 @@ def limit_of(config: RunConfig) -> float:
     return config.noise_floor.limit or DEFAULT_LIMIT[config.model.dtype]
 
 
-def empty_context_views(config: RunConfig, groups: Sequence[RolloutGroup]) -> tuple[ScoringView, ...]:
-    """The teacher's views of the first update's first `noise_floor.rollouts` rollouts, without privileged context."""
-    first_update = groups[: len(groups) // config.algorithm.updates_per_batch]
-    return _as_teacher(config, batching.student_views(first_update)[: config.noise_floor.rollouts])
+def first_rollouts(config: RunConfig, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The first `noise_floor.rollouts` rollouts of the first update; the last group may be cut short."""
+    left, found = config.noise_floor.rollouts, []
+    for group in groups[: len(groups) // config.algorithm.updates_per_batch]:
+        found += [dataclasses.replace(group, rollouts=group.rollouts[:left])] if left else []
+        left -= min(left, len(group.rollouts))
+    return found
 
 
-def _as_teacher(config: RunConfig, views: Sequence[ScoringView]) -> tuple[ScoringView, ...]:
-    """On an empty context the engine's own experts for the teacher are the student's."""
-    return tuple(dataclasses.replace(view, routes=None) for view in views) if config.routing.teacher == "free" else tuple(views)
+def empty_context_views(routing: RoutingReplay, groups: Sequence[RolloutGroup], generate: Generate) -> tuple[ScoringView, ...]:
+    """The teacher's views of these rollouts without privileged context, with the experts that the teacher has. Collective."""
+    plain = [PrivilegedView(view=dataclasses.replace(view, routes=None), source="empty") for view in batching.student_views(groups)]
+    return tuple(view.view for view in routing.teacher_views(plain, groups, generate) if view.view is not None)
 
 
 def judge(config: RunConfig, step: int, figures: UpdateFigures) -> list[Incident]:
@@ -89,19 +96,17 @@ class Part:
         return Part(name=name, mean=float(difference.mean()), max=float(difference.max()), large=float((difference > LARGE).double().mean()))
 
 
-def measure(trainer: Trainer, groups: Sequence[RolloutGroup]) -> list[Part]:
-    """The floor, then its parts, over the first `noise_floor.rollouts` rollouts; nothing is updated. Collective. Raises NonFiniteScores."""
-    config = trainer.config
-    student = batching.student_views(groups)[: config.noise_floor.rollouts]
-    teacher = _as_teacher(config, student)
-    rollouts = [rollout for group in groups for rollout in group.rollouts][: len(student)]
-    engine = torch.tensor([p for rollout in rollouts for p in rollout.engine_log_probs])
+def measure(trainer: Trainer, groups: Sequence[RolloutGroup], teacher: Sequence[ScoringView]) -> list[Part]:
+    """The floor, then its parts, over all rollouts of `groups`; `teacher` are their `empty_context_views`. Nothing is updated. Collective. Raises
+    NonFiniteScores."""
+    student = batching.student_views(groups)
+    engine = torch.tensor([p for group in groups for rollout in group.rollouts for p in rollout.engine_log_probs])
     trained = trainer.step(_without_signal(student, engine), 0.0, accept=lambda figures: False).student.log_prob
     scored = trainer.score(teacher).log_prob
     alone = torch.cat([trainer.score([view]).log_prob for view in teacher])
     parts = [Part.of("u with an empty context: scoring - training forward", scored, trained),
              Part.of("packing: prompts shared - each response alone", scored, alone)]
-    if teacher != student:
+    if tuple(teacher) != student:
         followed = trainer.score(student).log_prob
         parts += [Part.of("routing: the teacher's own experts - those replayed", scored, followed),
                   Part.of("the same experts: scoring - training forward", followed, trained)]
@@ -116,7 +121,7 @@ def _without_signal(views: tuple[ScoringView, ...], engine: torch.Tensor) -> Tra
         engine_log_prob=engine, lambda_=0.0, tokens=len(engine))
 
 
-def report(config: RunConfig, parts: Sequence[Part], tokens: int) -> str:
+def report(config: RunConfig, parts: Sequence[Part], lengths: Sequence[int]) -> str:
     """A Markdown table under a line on what was measured."""
     parallel, world = config.parallel, dist.get_world_size()
     rows = f"{config.trainer.micro_batch_tokens} (training) and {config.trainer.score_micro_batch_tokens} (scoring)"
@@ -125,26 +130,29 @@ def report(config: RunConfig, parts: Sequence[Part], tokens: int) -> str:
               f"{rows} tokens, engine {config.rollout.engine}")
     lines = [f"| {p.name} | {p.mean:.2e} | {p.max:.2e} | {p.large:.2%} |" for p in parts]
     verdict = "below" if parts[0].mean <= limit_of(config) else "ABOVE"
-    return "\n".join([f"{config.noise_floor.rollouts} rollouts, {tokens} tokens; {layout}", "",
+    return "\n".join([f"{len(lengths)} rollouts, {sum(lengths)} tokens; {layout}", "",
                       f"| nats | mean | max | above {LARGE:g} |", "|---|---|---|---|", *lines, "",
                       f"The floor is {verdict} noise_floor.limit={limit_of(config):g}."])
 
 
-def _groups(config: RunConfig, inputs: Inputs) -> tuple[Trainer, list[RolloutGroup]]:
-    """A trainer, and groups that the engine drew with its weights."""
+def _drawn(config: RunConfig, inputs: Inputs) -> tuple[Trainer, list[RolloutGroup], tuple[ScoringView, ...]]:
+    """A trainer, rollouts that the engine drew with its weights, and the teacher's views of them."""
     engine, trainer, probe = build_policy(config, inputs, inputs.problems[0])
     try:
         synchronise(engine, trainer.engine_weights, 0, probe)
-        rollout = config.rollout
+        rollout, replay = config.rollout, routing_replay(config, moe=trainer.description.experts is not None)
         count = min(math.ceil(config.noise_floor.rollouts / rollout.group_size), len(inputs.problems))
         problems = ProblemSampler(inputs.problems, count, config.run.seed, config.data.shuffle).next()
         sampling = Sampling(temperature=rollout.temperature, top_p=rollout.top_p, max_new_tokens=rollout.max_new_tokens,
-                            ignore_eos=rollout.ignore_eos, stop_token_ids=inputs.stop_token_ids)
-        groups = generate_groups(engine, problems, [inputs.prompts.student_prompt(p) for p in problems], sampling=sampling,
+                            ignore_eos=rollout.ignore_eos, stop_token_ids=inputs.stop_token_ids, routes=replay == "engine")
+        drawn = generate_groups(engine, problems, [inputs.prompts.student_prompt(p) for p in problems], sampling=sampling,
                                  group_size=rollout.group_size, seed=config.run.seed, step=1, decode=lambda ids: "")
+        one_update = config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"updates_per_batch": 1})})
+        routing = RoutingReplay(config=config, replay=replay)
+        groups = routing.prepare(first_rollouts(one_update, [group for group in drawn if group is not None]), 1, trainer.score)
+        return trainer, list(groups), empty_context_views(routing, groups, engine.generate)
     finally:
         engine.close()
-    return trainer, [group for group in groups if group is not None]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -158,17 +166,16 @@ def main(arguments: Sequence[str]) -> None:
         from megatron_antisd.parallel.layout import start_process_group
 
         start_process_group(config.collective_seconds)
-        trainer, groups = _groups(config, inputs)
+        trainer, groups, teacher = _drawn(config, inputs)
     except SETUP_ERRORS as error:
         sys.exit(f"configuration error: {error}")
     inputs.grader.close()
     try:
-        parts = measure(trainer, groups)
+        parts = measure(trainer, groups, teacher)
     except NonFiniteScores as error:
         sys.exit(f"error: {error}")
     if dist.get_rank() == 0:
-        lengths = [len(rollout.response_ids) for group in groups for rollout in group.rollouts]
-        print(report(config, parts, sum(lengths[: config.noise_floor.rollouts])), flush=True)
+        print(report(config, parts, [len(rollout.response_ids) for group in groups for rollout in group.rollouts]), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     if parts[0].mean > limit_of(config):

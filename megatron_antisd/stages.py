@@ -72,12 +72,16 @@ def score_teacher(run: Run, groups: Sequence[RolloutGroup], step: int) -> batchi
     scored = [v.view for v in views if v.view is not None]
     try:
         teacher = batching.lay_out_teacher(lengths, views, run.trainer.score(scored) if scored else None)
+        return _with_empty_context(run, groups, teacher) if run.floor.pending else teacher
     except NonFiniteScores as error:
         run.incidents.append(run.health.of_scores(step, error))
         return batching.no_teacher(lengths)
-    if not run.floor.pending:
-        return teacher
-    views = noise_floor.empty_context_views(run.config, groups)
+
+
+def _with_empty_context(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores) -> batching.TeacherScores:
+    """Until the noise floor is known: the teacher without privileged context, which is the student."""
+    first = noise_floor.first_rollouts(run.config, groups)
+    views = noise_floor.empty_context_views(run.routing, first, run.engine.generate)
     return dataclasses.replace(teacher, empty_context=run.trainer.score(views).log_prob)
 
 
@@ -165,7 +169,7 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         "gate_entropy": gate and gate.entropy, "gate_marginal": gate and gate.marginal,
         "lambda": lambda_, "shadow_lambda": gate.lambda_ if gate is not None and run.config.algorithm.shadow else None,
         "teacher_masked_rollouts": teacher.missing, "seconds_hidden_grade": graded.hidden_seconds, **tail_figures(run, graded),
-        **({} if run.ahead is None else run.ahead.figures),
+        **({} if run.ahead is None else run.ahead.figures(graded.groups, student)),
         "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
         "engine_restarts": run.engine.take_restarts(), "grader_rebuilds": graded.rebuilds,
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,

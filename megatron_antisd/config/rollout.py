@@ -79,8 +79,8 @@ class CorrectionConfig(Section):
 
 class NoiseFloorConfig(Section):
     limit: float | None = Field(None, gt=0)
-    """Largest mean |u| under an empty privileged context, where u must be 0, that a run with a teacher makes its first update with, in nats; None takes
-    1e-4 in float32, 0.1 in bfloat16."""
+    """Largest mean |u| under an empty privileged context, where u must be 0, that a run with a teacher makes its first update with, in nats; None
+    takes 1e-4 in float32, 0.1 in bfloat16."""
     rollouts: int = Field(8, ge=1)
     """Rollouts of the first update that it is measured on."""
 
