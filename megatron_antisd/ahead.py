@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_antisd.config import ConfigError, RunConfig
 from megatron_antisd.data import ProblemSampler, PromptBuilder
 from megatron_antisd.durable import write_whole
@@ -49,6 +51,7 @@ class Ahead:
         self._queue: dict[int, _Drawn] = {}
         self._steps = config.asynchrony.max_staleness // config.algorithm.updates_per_batch
         """How many further batches are drawn beside the one that is waited for."""
+        self._version, self._hidden = 0, 0.0  # of the last batch that was taken
 
     def problems(self, step: int) -> list[Problem]:
         """Of the step's batch. It and those behind it are on their way afterwards."""
@@ -58,9 +61,9 @@ class Ahead:
         self._engine.attempt(self._begin)
         return self._queue[step].problems
 
-    def take(self, step: int, finished: Finished | None) -> tuple[list[RolloutGroup], float]:
-        """The step's groups, and the seconds that they were drawn before anyone waited. Raises RuntimeError for tokens older than the bound."""
-        hidden = time.monotonic() - self._queue[step].began
+    def take(self, step: int, finished: Finished | None) -> list[RolloutGroup]:
+        """The step's groups. Raises RuntimeError for tokens older than the bound."""
+        self._hidden = time.monotonic() - self._queue[step].began
 
         def complete(engine: Any) -> list[Generation]:
             self._begin(engine)
@@ -71,12 +74,17 @@ class Ahead:
         groups = make_groups(drawn.problems, drawn.prompts, generations, group_size=self._config.rollout.group_size,
                              version=self._engine.policy_version, decode=self._decode)
         rollouts = [rollout for group in groups if group is not None for rollout in group.rollouts]
-        require_fresh(rollouts, self._engine.policy_version, self._config.asynchrony.max_staleness)
+        self._version = self._engine.policy_version
+        require_fresh(rollouts, self._version, self._config.asynchrony.max_staleness)
         if self._is_main:
             file = versions_file(self._config.directory, step)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, [json.dumps([rollout.version_spans for rollout in rollouts]).encode()])
-        return [group for group in groups if group is not None], hidden
+            write_whole(file, [json.dumps([rollout.spans for rollout in rollouts]).encode()])
+        return [group for group in groups if group is not None]
+
+    def figures(self, groups: Sequence[RolloutGroup], student: torch.Tensor | None) -> dict[str, float | int | None]:
+        """Of the batch that was taken last, for its row. `student`: log-probs of its tokens by the weights that it trains. Not collective."""
+        return {**staleness_figures(groups, self._version, student), "seconds_hidden_generate": self._hidden}
 
     def go_on(self) -> None:
         """The new weights are in the engine, and proved: draw on."""
@@ -117,13 +125,16 @@ def require_fresh(rollouts: Sequence[Rollout], version: int, bound: int) -> None
                                f"would train version {version}: more than asynchrony.max_staleness={bound} behind")
 
 
-def staleness_figures(groups: Sequence[RolloutGroup], version: int) -> dict[str, float | int]:
-    """How many policy versions the tokens of a batch lie behind the weights that they train."""
-    spans = [span for group in groups for rollout in group.rollouts
-             for span in rollout.version_spans or ((rollout.policy_version, len(rollout.response_ids)),)]
-    tokens = sum(count for _, count in spans)
-    return {"staleness_mean": sum((version - of) * count for of, count in spans) / tokens, "staleness_max": max(version - of for of, _ in spans),
-            "continued_rollouts": sum(len(rollout.version_spans) > 1 for group in groups for rollout in group.rollouts)}
+def staleness_figures(groups: Sequence[RolloutGroup], version: int, student: torch.Tensor | None) -> dict[str, float | int | None]:
+    """How many policy versions the tokens of a batch lie behind the weights that they train, and, of those that lie behind none, the largest
+    |trainer - engine log-prob| (None where there are none, or no `student` log-probs [T])."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    behind = torch.tensor([version - of for rollout in rollouts for of, count in rollout.spans for _ in range(count)])
+    engine = torch.tensor([log_prob for rollout in rollouts for log_prob in rollout.engine_log_probs])
+    fresh = None if student is None else (student - engine)[behind == 0].abs()
+    return {"staleness_mean": float(behind.double().mean()), "staleness_max": int(behind.max()),
+            "continued_rollouts": sum(len(rollout.version_spans) > 1 for rollout in rollouts),
+            "mismatch_fresh_max": None if fresh is None or not len(fresh) else float(fresh.max())}
 
 
 def versions_file(directory: Path, step: int) -> Path:

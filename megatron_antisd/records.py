@@ -100,7 +100,7 @@ class Rollout:
     policy_version: int
     """The number of weight updates the generating policy had seen, at the first token."""
     version_spans: tuple[tuple[int, int], ...] = ()
-    """(policy version, number of tokens) of each stretch drawn from one set of weights, in order; empty where all are of `policy_version`."""
+    """(policy version, number of tokens) of each stretch drawn from one set of weights, in order, where there are several; else empty."""
     routes: TokenRoutes | None = None
     """Experts of prompt + response[:-1] that the update uses; None: the trainer's own choice."""
     text: str = ""
@@ -117,14 +117,18 @@ class Rollout:
         if len(self.engine_log_probs) != len(self.response_ids):
             raise ValueError(f"rollout {self.index} of problem {self.problem_id!r}: {len(self.engine_log_probs)} engine "
                              f"log-probs for {len(self.response_ids)} response tokens; they must be equal in number")
-        spans = self.version_spans or ((self.policy_version, len(self.response_ids)),)
-        if sum(tokens for _, tokens in spans) != len(self.response_ids) or spans[0][0] != self.policy_version:
+        if sum(tokens for _, tokens in self.spans) != len(self.response_ids) or self.spans[0][0] != self.policy_version:
             raise ValueError(f"rollout {self.index} of problem {self.problem_id!r}: the spans {self.version_spans} (policy version, tokens) must add "
                              f"up to {len(self.response_ids)} response tokens and begin with policy version {self.policy_version}")
         inputs = len(self.prompt_ids) + len(self.response_ids) - 1
         if self.routes is not None and self.routes.tokens != inputs:
             raise ValueError(f"rollout {self.index} of problem {self.problem_id!r} has routes of {self.routes.tokens} tokens; its prompt of "
                              f"{len(self.prompt_ids)} and its response of {len(self.response_ids)} put {inputs} tokens into the model")
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """`version_spans`, also where there is one."""
+        return self.version_spans or ((self.policy_version, len(self.response_ids)),)
 
     def graded(self, reward: float, feedback: str) -> Rollout:
         return dataclasses.replace(self, reward=reward, feedback=feedback)

@@ -88,6 +88,8 @@ def roll_back(run: Run, metrics: MetricsWriter) -> None:
     if newest is None:
         raise ConfigError("there is no checkpoint to roll back to: none was written yet (checkpoint.every)")
     state = load_checkpoint(newest, run.trainer)
+    if run.ahead is not None:
+        run.ahead.clear()  # drawn by the weights that are given up
     run.load_state_dict(state, rolled_back=True)
     metrics.rewind(run.progress.step + 1)
     run.sync()

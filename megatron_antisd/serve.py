@@ -75,7 +75,8 @@ class Node:
             child.process.send_signal(number)
 
     def _start(self, place: int, restarts: int = 0) -> _Child:
-        environment = dict(os.environ)
+        # torch's store prints a page of C++ frames when the trainer ends, which is no fault.
+        environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
         if self._devices:
             mine = self._devices[place * self._each : (place + 1) * self._each]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)

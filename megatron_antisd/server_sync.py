@@ -77,8 +77,9 @@ class _InBackground:
         return self._result
 
 
-def servers_builder(config: RunConfig, inputs: Inputs, trainer: Trainer) -> Callable[[], ServersEngine]:
-    """What builds the engine, and builds it again after a failure: first it waits for `servers.count` servers, later for one. Collective."""
+def servers_builder(config: RunConfig, inputs: Inputs, trainer: Trainer, *, routes: bool) -> Callable[[], ServersEngine]:
+    """What builds the engine, and builds it again after a failure: first it waits for `servers.count` servers, later for one.
+    `routes`: they must return experts. Collective."""
     token = read_token(config.servers)
     opening = Ranks(timedelta(seconds=config.collective_seconds))
     opened: list[Directory] = []
@@ -94,6 +95,6 @@ def servers_builder(config: RunConfig, inputs: Inputs, trainer: Trainer) -> Call
 
     def build() -> ServersEngine:
         return ServersEngine(config, token, directory, model=essential(model), vocab_size=model["vocab_size"], max_context=inputs.max_context,
-                             send=sync, routes=False, wanted=next(wanted))
+                             send=sync, routes=routes, wanted=next(wanted))
 
     return build

@@ -32,8 +32,9 @@ SAY_AGAIN = 10
 class HealthMonitor:
     """Judges steps in their order; what it remembers of those before is training state."""
 
-    def __init__(self, config: HealthConfig) -> None:
-        self.config = config
+    def __init__(self, config: HealthConfig, *, on_policy: bool = True) -> None:
+        """Not `on_policy`, rollouts may be older than the weights that they train, and the mismatch says how far those moved: it is not judged."""
+        self.config, self._on_policy = config, on_policy
         self.rollbacks = 0
         """Rollbacks made so far in this run. The caller may raise it to what a journal counts: a checkpoint does not know of those after it."""
         self._norms: list[float] = []
@@ -67,7 +68,8 @@ class HealthMonitor:
             parts += [f"{figures.broken_tokens} log-probs of the student, so their u"] if figures.broken_tokens else []
             value = next((value for value in values.values() if not math.isfinite(value)), math.nan)
             return [self._not_finite(step, value, f"not finite: {', '.join(parts)}")]
-        found = [*self._entropy(step, figures.student_entropy_mean), *self._mismatch(step, figures.mismatch_kl)]
+        mismatch = self._mismatch(step, figures.mismatch_kl) if self._on_policy else []
+        found = [*self._entropy(step, figures.student_entropy_mean), *mismatch]
         spike = self._spike(step, figures.grad_norm)
         found += [] if spike is None else [spike]
         if not refuses(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_antisd.ahead import read_versions, require_fresh, staleness_figures
 from megatron_antisd.config import ConfigError
@@ -65,7 +66,7 @@ def test_seeds_of_stretches_differ_and_the_first_is_the_responses_own() -> None:
 def rollout(*spans: tuple[int, int]) -> Rollout:
     tokens = sum(count for _, count in spans)
     return Rollout(problem_id="p", index=3, prompt_ids=(1,), response_ids=(2,) * tokens, engine_log_probs=(-1.0,) * tokens, truncated=False,
-                   policy_version=spans[0][0], version_spans=spans)
+                   policy_version=spans[0][0], version_spans=spans if len(spans) > 1 else ())
 
 
 def test_the_bound_is_asserted_for_each_rollout() -> None:
@@ -78,7 +79,11 @@ def test_the_bound_is_asserted_for_each_rollout() -> None:
 
 def test_staleness_counts_tokens() -> None:
     group = RolloutGroup(problem=Problem(id="p", prompt="?", answer=""), rollouts=(rollout((4, 2), (5, 1)), rollout((6, 3))))
-    assert staleness_figures([group], 6) == {"staleness_mean": pytest.approx(5 / 6), "staleness_max": 2, "continued_rollouts": 1}
+    student = torch.tensor([-9.0, -9.0, -9.0, -1.25, -1.0, -1.5])
+    counts = {"staleness_mean": pytest.approx(5 / 6), "staleness_max": 2, "continued_rollouts": 1}
+    assert staleness_figures([group], 6, student) == {**counts, "mismatch_fresh_max": 0.5}
+    assert staleness_figures([group], 6, None) == {**counts, "mismatch_fresh_max": None}
+    assert staleness_figures([group], 7, student)["mismatch_fresh_max"] is None
 
 
 def test_spans_must_add_up() -> None:

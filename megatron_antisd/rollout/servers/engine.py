@@ -133,10 +133,10 @@ class ServersEngine:
 
     # -- weights
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See Engine.load_weights; the weights go from rank to rank by `send`, and `stream` is not begun. What is being drawn is cut; it goes on with
-        the new ones, what is drawn ahead only after `go_on`. A server that fails is left out until the next weights; EngineFailure where none is
-        left."""
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int, check: Sequence[str] = ()) -> None:
+        """See Engine.load_weights; the weights go from rank to rank by `send`, which compares checksums itself: `stream` is not begun. What is being
+        drawn is cut; it goes on with the new ones, what is drawn ahead only after `go_on`. A server that fails is left out until the next
+        weights; EngineFailure where none is left."""
         config = self._config
         replays = config.asynchrony.replay is not None
         if replays:
@@ -221,7 +221,7 @@ class ServersEngine:
     # -- life cycle
 
     def sleep(self) -> None:
-        """Nothing to do: the servers' memory is not the trainer's."""
+        """Nothing to give: the servers' memory is not the trainer's."""
 
     def wake(self) -> None:
         """See `sleep`."""

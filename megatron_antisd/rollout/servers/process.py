@@ -18,6 +18,7 @@ from types import FrameType
 
 from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig, load_config
+from megatron_antisd.config.rollout_rules import routing_replay
 from megatron_antisd.rollout.engine import EngineError
 from megatron_antisd.rollout.servers.http import build_app, serving
 from megatron_antisd.rollout.servers.loop import EngineLoop
@@ -69,8 +70,13 @@ def _arguments(config: RunConfig) -> dict[str, object]:
     # The first weights come from the trainer; a run that is resumed has others than the files.
     arguments = engine_arguments(
         config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=config.rollout.max_context, load_format="dummy",
-        hf_overrides=None, routes=False, executor="mp" if config.rollout.tensor_parallel_size > 1 else "uni")
+        hf_overrides=None, routes=_wants_routes(config), executor="mp" if config.rollout.tensor_parallel_size > 1 else "uni")
     return arguments | {"worker_extension_cls": EXTENSION}
+
+
+def _wants_routes(config: RunConfig) -> bool:
+    moe = "num_experts_per_tok" in read_essential(config.model.path)
+    return routing_replay(config, moe=moe) == "engine"
 
 
 def _drain_on_signals(loop: EngineLoop, seconds: float) -> None:
