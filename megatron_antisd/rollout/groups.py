@@ -42,7 +42,8 @@ def make_groups(problems: Sequence[Problem], prompt_ids: Sequence[tuple[int, ...
             Rollout(problem_id=problem.id, index=index, prompt_ids=tuple(prompt), response_ids=generation.response_ids,
                     engine_log_probs=generation.log_probs, truncated=generation.truncated,
                     policy_version=generation.version_spans[0][0] if generation.version_spans else version,
-                    version_spans=generation.version_spans if len(generation.version_spans) > 1 else (), routes=generation.routes, text=decode(generation.response_ids))
+                    version_spans=generation.version_spans if len(generation.version_spans) > 1 else (), routes=generation.routes,
+                    text=decode(generation.response_ids))
             for index, generation in zip(range(group_size), generations[start:start + group_size], strict=True)
         )
         groups.append(RolloutGroup(problem=problem, rollouts=rollouts))
