@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,15 @@ class Memory:
     """Shared pages divided among those who share them; None where the system does not say."""
 
 
-def run(command: Sequence[str], *, threads: int, watch_memory: bool = False, limit_seconds: float = 1800) -> Memory | None:
+def run(command: Sequence[str], *, threads: int, watch_memory: bool = False, limit_seconds: float = 1800,
+        cores: Collection[int] | None = None) -> Memory | None:
     """Run `command` at the project's root with `threads` threads a process; with `watch_memory` return its peak memory (reading it costs
     the watched processes time, so never where a clock runs). Raises RuntimeError with the end of its output when it fails or takes
-    longer than `limit_seconds`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
-                   "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    longer than `limit_seconds`. `cores`: those that it and its children may use; None leaves all."""
+    environment = child_environment(threads)
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True,
+                                   preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores))
         deadline, resident, proportional = time.monotonic() + limit_seconds, 0, 0
         while process.poll() is None:
             if watch_memory:
@@ -55,12 +56,18 @@ def run(command: Sequence[str], *, threads: int, watch_memory: bool = False, lim
     return Memory(resident=resident, proportional=proportional or None) if watch_memory else None
 
 
+def child_environment(threads: int) -> dict[str, str]:
+    """Of a process that measures: `threads` threads, the project's packages."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def train(config: Path, directory: Path, *, processes: int = 2, threads: int = 1, watch_memory: bool = False,
-          overrides: Sequence[str] = ()) -> tuple[list[dict[str, Any]], Memory | None]:
+          overrides: Sequence[str] = (), cores: Collection[int] | None = None) -> tuple[list[dict[str, Any]], Memory | None]:
     """One run of `megatron_antisd.train`; its rows of metrics.jsonl, and its memory where asked for. An earlier run in `directory` is removed."""
     shutil.rmtree(directory, ignore_errors=True)
     memory = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                  "-m", "megatron_antisd.train", str(config), *overrides], threads=threads, watch_memory=watch_memory)
+                  "-m", "megatron_antisd.train", str(config), *overrides], threads=threads, watch_memory=watch_memory, cores=cores)
     return read_metrics(directory), memory
 
 
