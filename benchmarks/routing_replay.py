@@ -2,8 +2,8 @@
 
 Real runs of `megatron_antisd.train` at the quickstart's shape and layout (TP2 with sequence parallelism, EP2, ETP1), in bfloat16, with weights
 far from zero. In every step of the first run all rollouts are scored twice before the update: with the trainer's own experts, and with the
-engine's. Both are held against the engine's log-probs, so each line compares the same tokens under the same weights. A second run without the
-replay shows what it costs.
+engine's. Both are held against the engine's log-probs, so each line compares the same tokens under the same weights. Two runs each with and
+without the replay, by turns, show what it costs.
 
 Goals: replay's largest difference at most a quarter of free routing's, over all steps; no ratio outside 0.8 .. 1.25 with replay.
 """
@@ -28,15 +28,16 @@ FREE, REPLAYED = "free", "replayed"
 
 
 def measure(directory: Path, steps: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the run that measures, and of two that are timed: with and without the replay."""
+    """Rows of the run that measures, and of those that are timed: with and without the replay."""
     make_inputs(WORKLOAD, directory)
     everything = (f"routing.sample_rollouts={WORKLOAD.sequences}", "routing.sample_every=1")
     runs = {"measured": everything, "engine": ("routing.replay=engine", "routing.sample_every=1000"), "off": ("routing.replay=off",)}
-    rows = {}
-    for name, overrides in runs.items():
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+    for name in ("measured", "engine", "off", "off", "engine"):
         config = write_config(WORKLOAD, directory, name, "antisd", steps=steps)
-        rows[name] = train(config, directory / name, overrides=[*COMMON, *overrides])[0]
-        print(f"  {name}: {len(rows[name])} steps; {machine()}", flush=True)
+        counted = train(config, directory / name, overrides=[*COMMON, *runs[name]])[0][WORKLOAD.warm_up :]
+        rows[name] += counted
+        print(f"  {name}: {len(counted)} steps, {median(counted, 'seconds_total'):.3f} s a step; {machine()}", flush=True)
     return rows
 
 
@@ -55,7 +56,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     lines.append(f"| tokens with a ratio outside 0.8 .. 1.25 | {free['outside']:.3%} | {replayed['outside']:.3%} | |")
     agree = [row["routes_equal_share"] for row in rows["measured"]]
     lines.append(f"| tokens and layers that route alike | {sum(agree) / len(agree):.2%} | 100 % | |")
-    seconds = {name: median(rows[name][WORKLOAD.warm_up :], "seconds_total") for name in ("off", "engine")}
+    seconds = {name: median(rows[name], "seconds_total") for name in ("off", "engine")}
     lines.append(f"| seconds a step | {seconds['off']:.3f} | {seconds['engine']:.3f} | {seconds['engine'] / seconds['off']:.2f} |")
     return "\n".join(lines)
 
@@ -73,7 +74,7 @@ def misses(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="steps of each run after its first one")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each run that count")
     parser.add_argument("--directory", type=Path, default=Path("runs/benchmarks/routing_replay"))
     arguments = parser.parse_args()
     rows = measure(arguments.directory, arguments.steps)
