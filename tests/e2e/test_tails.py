@@ -17,6 +17,7 @@ from megatron_antisd.rollout.replay import load_rollouts
 SCRIPT = Path(__file__).with_name("variants.py")
 GRPO = {"algorithm": {"method": "grpo"}}
 
+TAILS = {"oversample": 1.25, "dynamic_sampling": True, "dynamic_rounds": 2, "schedule": "longest_first"}
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": GRPO,
     "oversample": {**GRPO, "tails": {"oversample": 1.5}},
@@ -27,6 +28,9 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "truncate": {**GRPO, "correction": {"mode": "truncate", "upper": 1.0000001}},
     "sequence": {"correction": {"mode": "mask", "level": "sequence"}},
     "antisd": {"gate": {"mode": "always", "warmup_steps": 1}},
+    "whole": {**GRPO, "tails": TAILS, "run": {"steps": 6}, "checkpoint": {"every": 3}},
+    "stopped": {**GRPO, "tails": TAILS, "run": {"steps": 3}, "checkpoint": {"every": 3}},
+    "resumed": {**GRPO, "tails": TAILS, "run": {"steps": 6, "name": "stopped"}, "checkpoint": {"every": 3}},
 }
 
 
@@ -39,13 +43,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def rows(world: World) -> dict[str, list[dict[str, Any]]]:
     configs = []
     for name, sections in RUNS.items():
-        raw = configuration(world, world.root / name, **{
-            "rollout": {"engine": "megatron"}, "debug": {"save_rollouts": str(world.root / name / "saved")}, **sections})
-        raw["run"] = {"steps": 2, **raw["run"], **sections.get("run", {"steps": 2})}
+        directory = world.root / sections.get("run", {}).get("name", name)
+        raw = configuration(world, directory, **{
+            "rollout": {"engine": "megatron"}, "debug": {"save_rollouts": str(directory / "saved")}, **sections})
+        raw["run"]["steps"] = sections.get("run", {}).get("steps", 2)
         configs.append(write(raw, world.root / f"{name}.yaml"))
     done = launch(1, SCRIPT, *configs, timeout=400)
     assert done.returncode == 0, done.stdout[-6000:]
-    return {name: rows_of(world.root / name) for name in RUNS}
+    return {name: rows_of(world.root / name) for name in RUNS if name != "resumed"}
 
 
 def groups_of(world: World, name: str, step: int) -> list[RolloutGroup]:
@@ -87,6 +92,15 @@ def test_lengths_are_learned_and_change_no_draw(rows: dict[str, list[dict[str, A
     state = json.loads((world.root / "longest/checkpoints/step_000008/state.json").read_text())
     assert {g.problem.id for step in (7, 8) for g in groups_of(world, "longest", step)} <= state["lengths"].keys()
     assert all(1 <= tokens <= 16 for tokens in state["lengths"].values())
+
+
+def test_a_resumed_run_draws_gives_up_and_drops_the_same(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
+    """24 problems, at least 5 a step: the second epoch begins behind the stop, and some lengths are known by then."""
+    for step in range(1, 7):
+        mine, theirs = ([(r.problem_id, r.response_ids) for g in groups_of(world, name, step) for r in g.rollouts] for name in ("stopped", "whole"))
+        assert mine == theirs, step
+    drawn = [(row["generation_rounds"], row["groups_given_up"]) for row in rows["whole"]]
+    assert any(rounds == 2 for rounds, _ in drawn) and all(given_up >= 1 for _, given_up in drawn)
 
 
 def test_masked_responses_leave_the_loss_alone(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
