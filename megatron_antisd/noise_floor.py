@@ -24,6 +24,7 @@ from megatron_antisd.config.rollout_rules import routing_replay
 from megatron_antisd.data import ProblemSampler
 from megatron_antisd.health import Incident
 from megatron_antisd.inputs import Inputs, read_inputs
+from megatron_antisd.parallel.update_figures import LARGE_U
 from megatron_antisd.policy import build_policy
 from megatron_antisd.records import NonFiniteScores, PrivilegedView, RolloutGroup, ScoringView, TrainingBatch, UpdateFigures
 from megatron_antisd.rollout.engine import Generation, Request, Sampling
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 Generate = Callable[[Sequence[Request], Sampling], Sequence[Generation | None]]
 USAGE = "usage: torchrun --nproc-per-node N -m megatron_antisd.noise_floor CONFIG.yaml [key=value ...]"
-LARGE = 0.1
-"""Nats; the share of tokens above it is reported."""
 
 
 def limit_of(config: RunConfig) -> float:
@@ -69,7 +68,7 @@ def judge(config: RunConfig, step: int, figures: UpdateFigures) -> list[Incident
         return []
     seen = (
         f"with an empty privileged context, where u must be 0, |u| is {mean:.3g} nats on average (largest {figures.noise_floor_max:.3g}, above "
-        f"{LARGE:g} at {figures.noise_floor_share:.1%} of the tokens), expected at most {limit:g} (noise_floor.limit): the teacher's scoring pass "
+        f"{LARGE_U:g} at {figures.noise_floor_share:.1%} of the tokens), expected at most {limit:g} (noise_floor.limit): the teacher's scoring pass "
         "and the training forward do not compute the same, and every u would carry that noise. Its parts: python -m megatron_antisd.noise_floor "
         "with this configuration. Against routers that differ: routing.teacher=student, or routing.replay=off; against rounding: model.dtype=float32 "
         "or a higher noise_floor.limit where u is far larger")
@@ -88,12 +87,12 @@ class Part:
     mean: float
     max: float
     large: float
-    """Share of tokens above `LARGE`."""
+    """Share of tokens above `LARGE_U`."""
 
     @staticmethod
     def of(name: str, one: torch.Tensor, other: torch.Tensor) -> Part:
         difference = (one.double() - other.double()).abs()
-        return Part(name=name, mean=float(difference.mean()), max=float(difference.max()), large=float((difference > LARGE).double().mean()))
+        return Part(name=name, mean=float(difference.mean()), max=float(difference.max()), large=float((difference > LARGE_U).double().mean()))
 
 
 def measure(trainer: Trainer, groups: Sequence[RolloutGroup], teacher: Sequence[ScoringView]) -> list[Part]:
@@ -131,7 +130,7 @@ def report(config: RunConfig, parts: Sequence[Part], lengths: Sequence[int]) -> 
     lines = [f"| {p.name} | {p.mean:.2e} | {p.max:.2e} | {p.large:.2%} |" for p in parts]
     verdict = "below" if parts[0].mean <= limit_of(config) else "ABOVE"
     return "\n".join([f"{len(lengths)} rollouts, {sum(lengths)} tokens; {layout}", "",
-                      f"| nats | mean | max | above {LARGE:g} |", "|---|---|---|---|", *lines, "",
+                      f"| nats | mean | max | above {LARGE_U:g} |", "|---|---|---|---|", *lines, "",
                       f"The floor is {verdict} noise_floor.limit={limit_of(config):g}."])
 
 

@@ -312,8 +312,8 @@ class UpdateFigures:
 
     @property
     def finite(self) -> bool:
-        """Whether the update may be applied at all. The mismatch is not asked: where the engine's log-probs take part in the update (`correction`), the
-        loss shows it."""
+        """Whether the update may be applied at all. The mismatch is not asked: where the engine's log-probs take part in the update
+        (`correction`), the loss shows it."""
         return not self.broken_tokens and all(map(math.isfinite, (self.loss, self.grad_norm, self.student_entropy_mean)))
 
 
