@@ -466,3 +466,18 @@ def test_oversampling_rounds_up_and_not_beyond(wanted: int, oversample: float, d
 def test_tails_and_corrections_without_effect_are_refused(sections: dict[str, dict[str, object]], words: str) -> None:
     config = build_config({"model": {"path": "m"}, **sections})
     assert any(words in problem for problem in rollout_problems(config, moe=False)), list(rollout_problems(config, moe=False))
+
+
+@pytest.mark.parametrize(("sections", "words"), [
+    ({"rollout": {"mode": "servers", "engine": "megatron"}}, "rollout.mode=servers needs rollout.engine=vllm, got megatron"),
+    ({"asynchrony": {"max_staleness": 1}}, "asynchrony.max_staleness=1 needs rollout.mode=servers, got colocated"),
+    ({"asynchrony": {"max_staleness": 1}, "rollout": {"mode": "servers", "problems_per_step": 4}, "algorithm": {"updates_per_batch": 2}},
+     "leaves no room to draw a step ahead: with algorithm.updates_per_batch=2 a step is 2 policy versions"),
+    ({"asynchrony": {"replay": "runs/first"}}, "asynchrony.replay=runs/first has no effect with asynchrony.max_staleness=0"),
+    ({"asynchrony": {"partial": "finish"}}, "asynchrony.partial=finish has no effect"),
+    ({"servers": {"store": "10.0.0.1"}, "rollout": {"mode": "servers"}}, "servers.store='10.0.0.1' is not of the form HOST:PORT"),
+    ({"sync": {"transport": "cuda_ipc"}}, "sync.transport=cuda_ipc has no effect with rollout.mode=colocated"),
+])
+def test_servers_and_staleness_that_cannot_be_are_refused(sections: dict[str, dict[str, object]], words: str) -> None:
+    config = build_config({"model": {"path": "m"}, **sections})
+    assert any(words in problem for problem in rollout_problems(config, moe=False)), list(rollout_problems(config, moe=False))

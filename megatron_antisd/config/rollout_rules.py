@@ -14,6 +14,7 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def rollout_problems(config: RunConfig, *, moe: bool) -> Iterator[str]:
     """Keys without effect or in each other's way, whatever the model's sizes. `moe`: a mixture of experts."""
     yield from _server_problems(config)
+    yield from _asynchrony_problems(config)
     yield from _routing_problems(config, moe=moe)
     yield from _correction_problems(config)
     yield from _tail_problems(config)
@@ -26,6 +27,21 @@ def _server_problems(config: RunConfig) -> Iterator[str]:
     if asynchrony.max_staleness and rollout.mode != "servers":
         yield (f"asynchrony.max_staleness={asynchrony.max_staleness} needs rollout.mode=servers, got {rollout.mode}: an engine inside the trainer's "
                "processes cannot generate while they train")
+    host, _, port = config.servers.store.rpartition(":")
+    if rollout.mode == "servers" and not (host and port.isdigit() and 0 < int(port) < 65536):
+        yield f"servers.store={config.servers.store!r} is not of the form HOST:PORT, 10.0.0.1:29610 say"
+    if config.sync.transport != "auto" and rollout.mode != "servers":
+        yield f"sync.transport={config.sync.transport} has no effect with rollout.mode={rollout.mode}, whose engines are in the trainer's processes"
+
+
+def _asynchrony_problems(config: RunConfig) -> Iterator[str]:
+    asynchrony, updates = config.asynchrony, config.algorithm.updates_per_batch
+    if 0 < asynchrony.max_staleness < updates:
+        yield (f"asynchrony.max_staleness={asynchrony.max_staleness} leaves no room to draw a step ahead: with algorithm.updates_per_batch={updates} "
+               f"a step is {updates} policy versions; take {updates} or a multiple")
+    for key, value, default in (("partial", asynchrony.partial, "continue"), ("replay", asynchrony.replay, None)):
+        if value != default and not asynchrony.max_staleness:
+            yield f"asynchrony.{key}={value} has no effect with asynchrony.max_staleness=0: nothing is drawn ahead"
 
 
 def routing_replay(config: RunConfig, *, moe: bool) -> Literal["engine", "scoring", "off"]:
