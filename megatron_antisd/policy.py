@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def build_policy(config: RunConfig, inputs: Inputs, problem: Problem, *, training: bool = True) -> tuple[RestartingEngine, Trainer, SyncProbe]:
     """Collective, after the process group has started. The probe's prompt is `problem`'s. Without `training` the trainer has no gradients and no
     optimizer. An engine that is restarted gets the trainer's present weights, proved by the probe."""
-    inside = config.rollout.mode == "colocated"
+    inside = config.rollout.mode == "colocated" or not training  # an evaluation alone needs no servers
     moe = describe(config.model.path, 1).experts is not None
     replay = routing_replay(config, moe=moe) if training else "off"
     routes = replay == "engine"
@@ -45,7 +45,7 @@ def build_policy(config: RunConfig, inputs: Inputs, problem: Problem, *, trainin
     if not inside:
         from megatron_antisd.server_sync import servers_builder
 
-        servers = servers_builder(config, inputs, trainer)
+        servers = servers_builder(config, inputs, trainer, routes=routes)
 
     def build() -> Engine:
         if servers is not None:
@@ -58,7 +58,7 @@ def build_policy(config: RunConfig, inputs: Inputs, problem: Problem, *, trainin
                               stall_seconds=config.rollout.stall_seconds)
 
     def restore(engine: Engine, version: int) -> None:
-        synchronise(engine, trainer.export(), version, probe)
+        synchronise(engine, trainer.engine_weights, version, probe)
 
     engine = RestartingEngine(first or build(), build=build, restore=restore, max_restarts=config.rollout.max_restarts)
     return engine, trainer, probe

@@ -59,7 +59,7 @@ def _build_engine(config: RunConfig, inputs: Inputs) -> Engine:
         return build_vllm_engine(config, inputs.max_context)
     problem = next(problem for problems in inputs.benchmarks.values() for problem in problems)
     engine, trainer, probe = build_policy(config, inputs, problem, training=False)
-    synchronise(engine, trainer.export(), 0, probe)
+    synchronise(engine, trainer.engine_weights, 0, probe)
     return engine
 
 

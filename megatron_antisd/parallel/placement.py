@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_antisd.models.build import ModelDescription
+from megatron_antisd.models.description import ModelDescription
 from megatron_antisd.models.weight_map import Entry, Layout, Weight
 from megatron_antisd.wire.boxes import Box
 

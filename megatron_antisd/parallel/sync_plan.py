@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_antisd.models.build import ModelDescription
+from megatron_antisd.models.description import ModelDescription
 from megatron_antisd.models.weight_map import Entry
 from megatron_antisd.parallel.placement import EngineLayout, TrainerPlace, held_pieces, module_of, needed_box
 from megatron_antisd.wire.boxes import Box

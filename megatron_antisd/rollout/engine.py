@@ -83,6 +83,15 @@ class Generation:
     """Experts of prompt + response[:-1], all under the weights of the last span; None where `Sampling.routes` did not ask."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Of this rank's accelerator, all processes on it together, in GB (1e9 bytes)."""
+
+    awake: float
+    """While the engine had its weights and cache."""
+    asleep: float
+
+
 Finished = Callable[[Sequence[tuple[int, tuple[int, ...]]]], None]
 """Takes (index of the request, response ids) of responses that are done while others are still decoded."""
 
@@ -104,8 +113,10 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace all weights by `stream`: (Hugging Face name, full tensor), every rank the same ones.
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int, check: Sequence[str] = ()) -> list[dict[str, int]] | None:
+        """Replace all weights by `stream`: (Hugging Face name, full tensor or HeldPart of it), on every rank what its part of the engine needs.
+        Returns for each rank checksums (`wire.checksums`) of what its engine then really holds of the tensors `check`, as far as it needs them;
+        None where nothing was asked for.
 
         Producing the stream may be collective, so every rank reads it to its end even where its engine fails. Tensors stay
         unchanged until the call returns (the engine keeps references). Drops everything cached from the old weights.
@@ -113,12 +124,13 @@ class Engine(Protocol):
         """
         ...
 
-    def sleep(self) -> None:
-        """Give the accelerator's memory to the trainer; nothing to do on CPU."""
+    def sleep(self) -> MemoryUse | None:
+        """Give the accelerator's memory to the trainer. The weights are gone then: `load_weights` comes before the next `generate`. None where
+        nothing was given, as on CPU."""
         ...
 
     def wake(self) -> None:
-        """Undo `sleep`, before `load_weights` or `generate`."""
+        """Undo `sleep`, before `load_weights`; nothing where it does not sleep."""
         ...
 
     def close(self) -> None:

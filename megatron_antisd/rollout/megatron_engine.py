@@ -104,7 +104,7 @@ class MegatronEngine:
             raise EngineFailure("generate failed on " + "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())) from error
         return part
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int, check: Sequence[str] = ()) -> list[dict[str, int]] | None:
         """Take note of the trainer's update: the model is the trainer's own and changed already, nothing is cached between calls.
 
         `stream` is read to its end, since producing it is collective, and not looked at; it may be empty. This engine cannot sample
@@ -113,6 +113,7 @@ class MegatronEngine:
         for _ in stream:
             pass
         self.policy_version = version
+        return None
 
     def sleep(self) -> None:
         """See Engine.sleep. Between calls nothing is held."""

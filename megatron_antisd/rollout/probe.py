@@ -6,8 +6,9 @@ its keys and values would be the old weights'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,8 @@ from megatron_antisd.records import ScoringView, TokenScores
 from megatron_antisd.rollout.engine import Engine, EngineError, Request, Sampling
 
 PROBE_TOKENS = 8
+SHOWN_PROBLEMS = 6
+"""Of tensors whose checksums differ, in the message."""
 LONGER_THAN_A_BLOCK = 160
 """vLLM's KV block is 128 tokens on CPU, 16 on GPUs."""
 DEFAULT_LIMIT = {"float32": 1e-4, "bfloat16": 0.1}
@@ -59,8 +62,30 @@ class SyncProbe:
         return result
 
 
-def synchronise(engine: Engine, stream: Iterable[tuple[str, torch.Tensor]], version: int, probe: SyncProbe) -> ProbeResult:
-    """New weights into the engine, then the proof. Collective."""
+class Weights(Protocol):
+    """The trainer's, for an engine."""
+
+    def stream(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """See Engine.load_weights."""
+        ...
+
+    def sample(self, version: int) -> Sequence[str]:
+        """Tensors whose checksums are compared after this sync."""
+        ...
+
+    def problems(self, names: Sequence[str], version: int, checksums: Sequence[Mapping[str, int]]) -> Sequence[str]:
+        """What differs between the trainer's shards of these tensors and what the engine of each rank holds; collective."""
+        ...
+
+
+def synchronise(engine: Engine, weights: Weights, version: int, probe: SyncProbe) -> ProbeResult:
+    """New weights into the engine, then both proofs: checksums of some tensors as the engine holds them, and the probe. Collective. Raises
+    EngineError on every rank where they differ from the trainer's."""
     engine.wake()
-    engine.load_weights(stream, version)
+    names = weights.sample(version)
+    checksums = engine.load_weights(weights.stream(), version, **({"check": names} if names else {}))
+    problems = weights.problems(names, version, checksums) if checksums is not None else ()
+    if problems:
+        more = f" and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise EngineError(f"after weight sync {version} the engine does not hold the trainer's weights: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}")
     return probe(engine)

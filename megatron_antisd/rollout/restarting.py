@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_antisd.rollout.engine import Engine, EngineError, EngineFailure, Finished, Generation, Quota, Request, Sampling
+from megatron_antisd.rollout.engine import Engine, EngineError, EngineFailure, Finished, Generation, MemoryUse, Quota, Request, Sampling
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,6 +28,8 @@ class RestartingEngine:
         """`engine` is the first one; `restore(engine, version)` loads the weights of that policy version into a new one and proves it."""
         self._engine, self._build, self._restore, self._max_restarts = engine, build, restore, max_restarts
         self._restarts, self._counted = 0, 0
+        self.asleep = False
+        """Whether the engine lacks its weights: the next use of it needs `load_weights` first."""
 
     @property
     def policy_version(self) -> int:
@@ -53,24 +55,22 @@ class RestartingEngine:
                 failure = error
             self._restart(failure, self.policy_version)
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See Engine.load_weights. After a restart the weights come from `restore`: a stream is read once."""
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int, check: Sequence[str] = ()) -> list[dict[str, int]] | None:
+        """See Engine.load_weights. After a restart the weights come from `restore`, which proves them: a stream is read once."""
         try:
-            self._engine.load_weights(stream, version)
-            return
+            checksums = self._engine.load_weights(stream, version, **({"check": check} if check else {}))
+            self.asleep = False
+            return checksums
         except EngineFailure as error:
             failure = error
         self._restart(failure, version)
+        return None
 
-    def sleep(self) -> None:
-        """See Engine.sleep."""
-        try:
-            self._engine.sleep()
-            return
-        except EngineFailure as error:
-            failure = error
-        self._restart(failure, self.policy_version)
-        self._engine.sleep()
+    def sleep(self) -> MemoryUse | None:
+        """See Engine.sleep. What breaks here is found at the next `wake`."""
+        use = self._engine.sleep()
+        self.asleep = use is not None
+        return use
 
     def wake(self) -> None:
         """See Engine.wake. A new engine is awake."""
@@ -99,6 +99,7 @@ class RestartingEngine:
             try:
                 self._engine = self._build()
                 self._restore(self._engine, version)
+                self.asleep = False
                 return
             except EngineFailure as again:
                 failure = again

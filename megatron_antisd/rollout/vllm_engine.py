@@ -5,7 +5,6 @@ Order of start: the trainer's process group first, then this engine, then Megatr
 
 from __future__ import annotations
 
-import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +16,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_antisd.config import RolloutConfig
-from megatron_antisd.rollout.engine import EngineError, EngineFailure, Finished, Generation, Quota, Request, Sampling, check_requests
+from megatron_antisd.rollout.engine import (
+    EngineError,
+    EngineFailure,
+    Finished,
+    Generation,
+    MemoryUse,
+    Quota,
+    Request,
+    Sampling,
+    check_requests,
+)
+from megatron_antisd.rollout.ranks import Ranks
 from megatron_antisd.rollout.spreading import GroupCount, Part, spread
 from megatron_antisd.rollout.vllm_replica import VllmReplica, engine_arguments
 
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -52,15 +61,14 @@ class VllmEngine:
         passes until an engine that stopped answering is noticed. `routes`: see Sampling.routes; for a mixture of experts alone."""
         self._owns_process_group = not dist.is_initialized()
         world = 1 if self._owns_process_group else dist.get_world_size()
-        self._rank = 0 if world == 1 else dist.get_rank()
         self._tensor_parallel = rollout.tensor_parallel_size
         if world % self._tensor_parallel:
             raise EngineError(f"rollout.tensor_parallel_size={self._tensor_parallel} does not divide the world of {world} ranks")
         self._replicas = world // self._tensor_parallel
         # A rank that hangs, and one that waits for it inside vLLM, come here so much later.
         patience = timedelta(seconds=timeout_seconds + 2 * rollout.stall_seconds)
-        self._group = None if world == 1 else dist.new_group(backend="gloo", timeout=patience)
-        self._world, self._failure, self._closed = world, "", False
+        self._ranks = Ranks(patience, talkative=self._tensor_parallel > 1)
+        self._failure, self._closed = "", False
         self.policy_version = policy_version
         if world > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
             raise EngineError("more than one rank but no RANK and LOCAL_RANK in the environment: start the ranks with torchrun")
@@ -79,16 +87,15 @@ class VllmEngine:
         """Prompt and response bound in tokens."""
         return self._replica.max_context
 
-
     # -- generation
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
                  quota: Quota | None = None) -> list[Generation | None]:
         """See Engine.generate. With a quota a replica stops at its share (`spread`); in-process engines stop at the same decoding step every time."""
-        self._require_agreement(_digest(requests, sampling, quota))
+        self._ranks.require_agreement(_digest(requests, sampling, quota))
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._replica.vocab_size)
         parts = spread(requests, self._replicas, quota)
-        mine = parts[self._rank // self._tensor_parallel]
+        mine = parts[self._ranks.rank // self._tensor_parallel]
         size = 1 if quota is None else quota.group_size
         done = self._collective("generate", lambda: self._generate(requests, mine, size, sampling, finished))
         for rank, generations in enumerate(done):
@@ -115,24 +122,24 @@ class VllmEngine:
                 count.add(new)
                 if finished is not None:
                     finished([(part.indices[place], generation.response_ids) for place, generation in new.items()
-                              if place % self._tensor_parallel == self._rank % self._tensor_parallel])
+                              if place % self._tensor_parallel == self._ranks.rank % self._tensor_parallel])
             if replica.busy:
                 replica.stop([str(place) for place in range(len(part.indices)) if place not in done])
         return [done[place] if count.keeps(place) else None for place in range(len(part.indices))]
 
     # -- weights
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int, check: Sequence[str] = ()) -> list[dict[str, int]] | None:
         """See Engine.load_weights."""
-        self._collective("load_weights", lambda: self._replica.load_weights(stream))
+        checksums = self._collective("load_weights", lambda: self._replica.load_weights(stream, check))
         self.policy_version = version
+        return checksums if check else None
 
     # -- life cycle
 
-    def sleep(self) -> None:
+    def sleep(self) -> MemoryUse | None:
         """See Engine.sleep. vLLM has no sleep mode on CPU."""
-        if not self._replica.on_cpu:
-            self._collective("sleep", self._replica.sleep)
+        return None if self._replica.on_cpu else self._collective("sleep", self._replica.sleep)[self._ranks.rank]
 
     def wake(self) -> None:
         """See Engine.wake."""
@@ -150,52 +157,22 @@ class VllmEngine:
             self._destroy_groups()
 
     def _destroy_groups(self) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+        self._ranks.close()
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()  # vLLM made it
 
-    def _require_agreement(self, digest: int) -> None:
-        """Ranks with different requests would wait for each other inside the engine; refuse before it starts."""
-        if self._group is None:
-            return
-        digests = [torch.zeros(1, dtype=torch.int64) for _ in range(self._world)]
-        dist.all_gather(digests, torch.tensor([digest]), group=self._group)
-        different = [rank for rank, other in enumerate(digests) if other.item() != digests[0].item()]
-        if different:
-            raise EngineError(f"ranks {different} passed other requests or sampling than rank 0; generate is collective and needs "
-                              "the same full list on every rank")
-
     def _collective(self, what: str, action: Callable[[], T]) -> list[T]:
-        """Run `action` on every rank and return all ranks' results; a failure anywhere is raised everywhere.
-
-        After a failure the engine's state is unknown: every later call raises. Raises EngineFailure unless all that failed was refused by
-        this class itself (EngineError). Where one rank of a tensor-parallel replica fails alone, its partners wait inside vLLM: on CPU
-        until their collective has lasted `rollout.stall_seconds`, on a GPU until somebody ends the process.
+        """Run `action` on every rank and return all ranks' results; see Ranks.together. After a failure the engine's state is unknown: every later
+        call raises. Where one rank of a tensor-parallel replica fails alone, its partners wait inside vLLM: on CPU until their collective has
+        lasted `rollout.stall_seconds`, on a GPU until somebody ends the process.
         """
         if self._failure:
             raise EngineError(f"{what}: the engine cannot go on after: {self._failure}")
-        result, error, cause, refused = None, "", None, True
         try:
-            result = action()
-        except Exception as exception:  # whatever it was: the other ranks wait for this one's word
-            error, cause = f"{type(exception).__name__}: {exception}", exception
-            refused = isinstance(exception, EngineError) and not isinstance(exception, EngineFailure)
-            if self._tensor_parallel > 1:
-                _log.error("vLLM engine: %s failed on rank %d, telling the other ranks: %s", what, self._rank, error)
-        reports: list[Any] = [(error, refused, result)]
-        if self._group is not None:
-            reports = [None] * self._world
-            dist.all_gather_object(reports, (error, refused, result), group=self._group)
-        failed: dict[str, list[int]] = {}
-        for rank, (error, _, _) in enumerate(reports):
-            if error:
-                failed.setdefault(error, []).append(rank)
-        if failed:
-            self._failure = f"{what} failed on " + "; ".join(f"ranks {ranks}: {error}" for error, ranks in failed.items())
-            raise (EngineError if all(refused for _, refused, _ in reports) else EngineFailure)(self._failure) from cause
-        return [result for _, _, result in reports]
+            return self._ranks.together(what, action)
+        except EngineError as error:
+            self._failure = str(error)
+            raise
 
 
 def _digest(requests: Sequence[Request], sampling: Sampling, quota: Quota | None) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from safetensors import safe_open
 
 from megatron_antisd.compat import vllm_cpu
 from megatron_antisd.config import RolloutConfig
-from megatron_antisd.rollout.engine import EngineError, EngineFailure, Generation, Request, Sampling
+from megatron_antisd.rollout.engine import EngineError, EngineFailure, Generation, MemoryUse, Request, Sampling
 from megatron_antisd.rollout.stalls import StallWatch
 from megatron_antisd.token_routes import TokenRoutes
 
 CPU_KV_CACHE_BYTES = 256 << 20
+EXTENSION = "megatron_antisd.rollout.transfer.worker.WeightReceiver"
+"""What takes weights in, in each of vLLM's workers. By its name: the module is for processes that have vLLM."""
 
 
 class SyncBroken(EngineError):
@@ -49,7 +51,7 @@ class VllmReplica:
         self._expected = _checkpoint_names(Path(model_path))
         self._watch = StallWatch(stall_seconds)
         self._llm: Any = None
-        self._tied = False
+        self._tied = self._asleep = False
         self._routed: set[str] = set()
 
     def start(self) -> None:
@@ -123,26 +125,34 @@ class VllmReplica:
 
     # -- weights
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], check: Sequence[str] = ()) -> dict[str, int]:
         """See Engine.load_weights. Through vLLM's layer-wise reload, which redoes the packing of weights for its kernels; then
-        the prefix cache is emptied: blocks computed with the old weights would be taken for the new ones' without any error."""
+        the prefix cache is emptied: blocks computed with the old weights would be taken for the new ones' without any error. Returns this rank's
+        checksums of the tensors `check`."""
         reader = _Reader(stream)
         failure: Exception | None = None
+        checksums: dict[str, int] = {}
         try:
             with vllm_cpu.engine_scope():
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(reader)})
+                (checksums,) = self._llm.collective_rpc("load_stream", args=(iter(reader), check))
         except Exception as exception:
             failure = exception
         reader.drain()  # the stream is collective: leaving it early would leave the other ranks waiting in it
         self._check_names(reader.names)  # the plainer message where names are the reason
         if failure is not None:
             raise failure
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])  # not before: trainer, two parts of the weights and the cache need not be there at once
+            self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise EngineFailure("vLLM did not empty its prefix cache; the next prompts would be read with the old weights")
+        return checksums
 
     def _check_names(self, names: Counter[str]) -> None:
         repeated = [name for name, count in names.items() if count > 1]
         optional = {"lm_head.weight"} if self._tied else set()
+        if self._arguments["enable_expert_parallel"]:
+            optional |= {name for name in self._expected or () if ".mlp.experts." in name}  # other ranks'
         expected = set(names) if self._expected is None else self._expected
         missing, unknown = expected - set(names) - optional, set(names) - expected - optional
         if not names or repeated or missing or unknown:
@@ -152,27 +162,33 @@ class VllmReplica:
     def receive_weights(self, specification: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Of a replica that was started with `transfer.worker.EXTENSION`: take the trainer's weights in, on each of its ranks; their reports. Raises
         SyncBroken where the transfer broke off."""
-        try:
-            with vllm_cpu.engine_scope():
-                reports = self._llm.collective_rpc("receive_weights", args=(specification,))
-        except Exception as error:  # of a worker in another process there is only the text
-            torn = [state["torn"] for state in self._llm.collective_rpc("weights_state") if state["torn"] is not None]
-            raise SyncBroken(f"{type(error).__name__}: {error}", torn=bool(torn)) from error
+        with vllm_cpu.engine_scope():
+            reports = self._llm.collective_rpc("receive_weights", args=(specification,))
+        errors = [report["error"] for report in reports if report["error"] is not None]
+        if errors:
+            states = self._llm.collective_rpc("weights_state")
+            torn = any(state["torn"] is not None for state in states) or len({state["version"] for state in states}) > 1
+            raise SyncBroken("; ".join(dict.fromkeys(errors)), torn=torn)
         if not self._llm.reset_prefix_cache():
             raise EngineFailure("vLLM did not empty its prefix cache; the next prompts would be read with the old weights")
         return reports
 
     # -- life cycle
 
-    def sleep(self) -> None:
-        """See Engine.sleep. vLLM has no sleep mode on CPU."""
-        if not self.on_cpu:
-            self._llm.sleep(level=1)
+    def sleep(self) -> MemoryUse | None:
+        """See Engine.sleep. vLLM has no sleep mode on CPU. At level 2, which drops the weights: the next sync sends all of them anyway, and level 1
+        would copy them to the host and back, and need as much pinned memory there. Not run."""
+        if self.on_cpu or self._asleep:
+            return None
+        awake = _memory_in_use()
+        self._llm.sleep(level=2)
+        self._asleep = True
+        return MemoryUse(awake=awake, asleep=_memory_in_use())
 
     def wake(self) -> None:
-        """See Engine.wake."""
-        if not self.on_cpu:
-            self._llm.wake_up()
+        """See Engine.wake. Room for the weights; the cache's comes when they are loaded."""
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
 
     def close(self) -> None:
         """May be called twice, and where it never started."""
@@ -214,6 +230,8 @@ def engine_arguments(
         "max_model_len": max_context,
         "max_num_seqs": rollout.max_sequences,
         "tensor_parallel_size": rollout.tensor_parallel_size,
+        "enable_expert_parallel": rollout.expert_parallel,
+        "worker_extension_cls": EXTENSION,
         "distributed_executor_backend": executor,
         "load_format": load_format,
         "hf_overrides": hf_overrides,
@@ -234,6 +252,12 @@ def _device_arguments(arguments: dict[str, Any], on_cpu: bool, stall_seconds: fl
         return {"enforce_eager": True, "kv_cache_memory_bytes": arguments["kv_cache_memory_bytes"] or CPU_KV_CACHE_BYTES,
                 "distributed_timeout_seconds": timeout, "cpu_distributed_timeout_seconds": timeout}
     return {"enable_sleep_mode": True}
+
+
+def _memory_in_use() -> float:
+    """GB of this process's GPU, whoever uses them."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e9
 
 
 def _sampling_params(seed: int, sampling: Sampling) -> Any:

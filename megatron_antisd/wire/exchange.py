@@ -1,5 +1,5 @@
 """Runs a transfer's parts: the next one is on its way while this one is used. What a rank holds beside its own weights are two parts that it
-receives and two that it sends."""
+receives and one that it sends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Script:
 
 class _Flight:
     def __init__(self, pending: Pending, received: dict[int, torch.Tensor], sent: list[torch.Tensor]) -> None:
-        self.pending, self.received, self._sent = pending, received, sent
+        self.pending, self.received, self.sent = pending, received, sent
 
 
 def run(script: Script, transport: Transport) -> Iterator[tuple[str, torch.Tensor]]:
@@ -44,6 +44,7 @@ def run(script: Script, transport: Transport) -> Iterator[tuple[str, torch.Tenso
             flight.pending.wait(script.timeout)
         except TransferError as error:
             raise TransferError(f"part {number + 1} of {script.parts}: {error}") from error
+        flight.sent.clear()
         if script.incoming:
             for tensor in script.incoming[number].tensors:
                 yield tensor.name, _assemble(script, tensor, flight.received)

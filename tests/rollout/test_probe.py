@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
 import torch
@@ -26,12 +26,30 @@ class Scripted:
         self.requests, self.sampling = list(requests), sampling
         return [Generation(response_ids=tuple(range(len(self.log_probs))), log_probs=self.log_probs, truncated=True) for _ in requests]
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self.calls.append(f"load {[name for name, _ in stream]}")
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int, check: Sequence[str] = ()) -> list[dict[str, int]] | None:
+        self.calls.append(f"load {[name for name, _ in stream]}" + (f" check {list(check)}" if check else ""))
         self.policy_version = version
+        return [dict.fromkeys(check, 7)] if check else None
 
     def wake(self) -> None:
         self.calls.append("wake")
+
+
+class Given:
+    """The trainer's weights: a stream, and what is wrong with the engine's checksums."""
+
+    def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]], check: Sequence[str] = (), problems: Sequence[str] = ()) -> None:
+        self._tensors, self._check, self._problems = tensors, check, problems
+
+    def stream(self) -> Iterable[tuple[str, torch.Tensor]]:
+        return iter(self._tensors)
+
+    def sample(self, version: int) -> Sequence[str]:
+        return self._check
+
+    def problems(self, names: Sequence[str], version: int, checksums: Sequence[Mapping[str, int]]) -> Sequence[str]:
+        assert list(checksums) == [dict.fromkeys(names, 7)]
+        return self._problems
 
 
 def make_probe(trainer: Sequence[float], *, limit: float = 0.1, copies: int = 2, prompt: Sequence[int] = (4, 5, 6),
@@ -92,11 +110,24 @@ def test_no_room_for_a_probe_is_refused(prompt: tuple[int, ...], max_context: in
 
 def test_synchronise_wakes_loads_and_proves_in_that_order() -> None:
     engine = Scripted([-1.0])
-    result = synchronise(engine, iter([("a", torch.zeros(1)), ("b", torch.zeros(1))]), 5, make_probe([-1.0]))
+    result = synchronise(engine, Given([("a", torch.zeros(1)), ("b", torch.zeros(1))]), 5, make_probe([-1.0]))
     assert engine.calls == ["wake", "load ['a', 'b']", "generate"]
     assert engine.policy_version == 5 and result.max == 0.0
 
 
 def test_a_failed_proof_names_the_version() -> None:
     with pytest.raises(EngineError, match="after weight sync 5 the engine's log-probs"):
-        synchronise(Scripted([-3.0]), iter([]), 5, make_probe([-1.0]))
+        synchronise(Scripted([-3.0]), Given([]), 5, make_probe([-1.0]))
+
+
+def test_checksums_are_asked_for_and_judged_before_the_probe() -> None:
+    engine = Scripted([-1.0])
+    synchronise(engine, Given([], check=["a"]), 5, make_probe([-1.0]))
+    assert engine.calls == ["wake", "load [] check ['a']", "generate"]
+
+
+def test_a_checksum_that_differs_stops_everything() -> None:
+    engine = Scripted([-1.0])
+    with pytest.raises(EngineError, match=r"after weight sync 5 the engine does not hold .*: p0; p1; p2; p3; p4; p5 and 2 more"):
+        synchronise(engine, Given([], check=["a"], problems=[f"p{i}" for i in range(8)]), 5, make_probe([-1.0]))
+    assert "generate" not in engine.calls
