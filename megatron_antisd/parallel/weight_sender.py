@@ -202,7 +202,9 @@ class ServerSync:
 
         def one(receiver: ReceiverSpec) -> None:
             try:
-                self._sender._send_to(receiver, self.specs[receiver.name], self._planned[receiver.name], self._store)
+                # A connection of its own: whoever waits in a store's client holds up all others of that client, and two ranks that wait for each
+                # other's word on different servers would do so until their time is up.
+                self._sender._send_to(receiver, self.specs[receiver.name], self._planned[receiver.name], self._store.clone())
             except Exception as error:  # whatever it was, the other servers and ranks go on without this one
                 failures[receiver.name] = str(error) if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
 
