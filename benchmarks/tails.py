@@ -79,7 +79,7 @@ class Option:
     name: str
     oversample: float = 1.0
     shared_quota: bool = False
-    """The quota counts over all engines, as with engine servers; else each engine stops at its share."""
+    """The quota counts over all engines, as with engine servers and one trainer rank; else each engine stops at its share."""
     longest_first: bool = False
     staleness: int = 0
     goal: float = np.inf
