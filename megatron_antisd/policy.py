@@ -85,5 +85,5 @@ def _vllm_engine(config: RunConfig, max_context: int, *, dummy: bool, routes: bo
 
 def _probe(config: RunConfig, inputs: Inputs, problem: Problem, trainer: Trainer, *, routes: bool) -> SyncProbe:
     """The proof after each weight sync, on `problem`'s prompt."""
-    return SyncProbe(inputs.prompts.student_prompt(problem), score=trainer.score, copies=dist.get_world_size(), max_context=inputs.max_context,
+    return SyncProbe(inputs.prompts.student_prompt(problem), score=trainer.score, requests=dist.get_world_size(), max_context=inputs.max_context,
                      temperature=config.rollout.temperature, routes=routes, limit=config.rollout.probe_max_mean or DEFAULT_LIMIT[config.model.dtype])

@@ -120,6 +120,7 @@ def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherSc
     """The policy updates of this batch (one, on-policy)."""
     settings = run.config.algorithm
     pause(run)
+    run.engine.sleep()
     refused = refuses(run.incidents)
 
     def accept(figures: UpdateFigures) -> bool:
@@ -146,8 +147,8 @@ def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherSc
 
 
 def sync(run: Run, stats: Sequence[StepStats]) -> ProbeResult | None:
-    """The engine gets the new policy and proves that it holds it; nothing to do when no update was applied."""
-    if all(s.skipped for s in stats):
+    """The engine gets the new policy and proves that it holds it; nothing to do when no update was applied and the engine still has its weights."""
+    if all(s.skipped for s in stats) and not run.engine.asleep:
         return None
     proof = run.sync()
     if run.ahead is not None:
@@ -171,7 +172,8 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         "teacher_masked_rollouts": teacher.missing, "seconds_hidden_grade": graded.hidden_seconds, **tail_figures(run, graded),
         **({} if run.ahead is None else run.ahead.figures(graded.groups, student)),
         "grader_timeouts": graded.timeouts, "grader_crashes": graded.crashes,
-        "engine_restarts": run.engine.take_restarts(), "grader_rebuilds": graded.rebuilds,
+        "engine_memory_awake": run.engine.memory and run.engine.memory.awake, "engine_memory_asleep": run.engine.memory and run.engine.memory.asleep,
+        **run.engine.take_figures(), "grader_rebuilds": graded.rebuilds,
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,
         "probe_mean": probe and probe.mean, "probe_max": probe and probe.max,
         "audit_alarms": audit(run, graded.groups, teacher, student, run.progress.step),

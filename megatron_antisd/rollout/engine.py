@@ -55,7 +55,8 @@ class Request:
     expected_tokens: int | None = None
     """How long the response may become, by earlier ones on the same problem; None: unknown. For schedulers; the draw does not depend on it."""
     place: int | None = None
-    """The copy of the weights that must answer, modulo their number: for what asks all of them. None: any; the engines of one process take none."""
+    """The copy of the weights that must answer, modulo their number: for what asks all of them. None: any. Engines inside the trainer's processes
+    pass over it: they divide requests in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,8 @@ class Engine(Protocol):
 
     policy_version: int
     """The number of weight updates the present weights have seen."""
+    replicas: int
+    """Copies of the weights that answer independently of each other."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
                  quota: Quota | None = None) -> list[Generation | None]:
@@ -131,6 +134,10 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """Undo `sleep`, before `load_weights`; nothing where it does not sleep."""
+        ...
+
+    def take_figures(self) -> dict[str, int]:
+        """What happened since the last call, for the step's row."""
         ...
 
     def close(self) -> None:

@@ -39,6 +39,7 @@ class MegatronEngine:
     """
 
     policy_version: int
+    replicas: int
 
     def __init__(self, trainer: Trainer, *, max_context: int | None, max_sequences: int, prefill_tokens: int | None = None,
                  policy_version: int = 0, stall_seconds: float = 300.0) -> None:
@@ -50,7 +51,7 @@ class MegatronEngine:
             raise EngineError(f"rollout.max_context={max_context} exceeds the model's max_position_embeddings of {longest}; lower it")
         if max_sequences < 1:
             raise EngineError(f"rollout.max_sequences={max_sequences}, expected at least 1")
-        self.policy_version = policy_version
+        self.policy_version, self.replicas = policy_version, trainer.layout.replica_size
         self.max_context = max_context or longest
         self._max_sequences = max_sequences
         self._prefill_tokens = prefill_tokens or trainer.config.trainer.score_micro_batch_tokens
@@ -120,6 +121,10 @@ class MegatronEngine:
 
     def wake(self) -> None:
         """See Engine.wake."""
+
+    def take_figures(self) -> dict[str, int]:
+        """See Engine.take_figures."""
+        return {}
 
     def close(self) -> None:
         """See Engine.close. The trainer keeps its model."""

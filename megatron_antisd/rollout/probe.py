@@ -33,24 +33,26 @@ class ProbeResult:
 
 
 class SyncProbe:
-    """`score` is the trainer's, `limit` the largest mean difference accepted; `copies` requests reach every replica."""
+    """`score` is the trainer's, `limit` the largest mean difference accepted. Each copy of the weights answers: `requests` and more where the engine
+    has more copies."""
 
-    def __init__(self, prompt: Sequence[int], *, score: Callable[[Sequence[ScoringView]], TokenScores], copies: int, limit: float,
+    def __init__(self, prompt: Sequence[int], *, score: Callable[[Sequence[ScoringView]], TokenScores], requests: int, limit: float,
                  max_context: int, temperature: float, routes: bool = False) -> None:
         """`routes`: the trainer scores with the experts that the engine chose, which then only leaves rounding."""
         room = max_context - PROBE_TOKENS
         if not prompt or room < 1:
             raise ValueError(f"the sync probe needs a prompt and a context above {PROBE_TOKENS}, got {len(prompt)} tokens and {max_context}")
         repeated = tuple(prompt) * (LONGER_THAN_A_BLOCK // len(prompt) + 1)
-        self._requests = [Request(prompt_ids=repeated[: min(LONGER_THAN_A_BLOCK, room)], seed=i) for i in range(copies)]
+        self._prompt, self._requests = repeated[: min(LONGER_THAN_A_BLOCK, room)], requests
         self._sampling = Sampling(temperature=temperature, top_p=1.0, max_new_tokens=PROBE_TOKENS, ignore_eos=True, routes=routes)
         self._score, self._limit = score, limit
 
     def __call__(self, engine: Engine) -> ProbeResult:
         """Sample and compare; collective. Raises EngineError beyond the limit."""
-        generations = engine.generate(self._requests, self._sampling)
+        requests = [Request(prompt_ids=self._prompt, seed=i, place=i) for i in range(max(self._requests, engine.replicas))]
+        generations = engine.generate(requests, self._sampling)
         views = [ScoringView(prompt_ids=r.prompt_ids, response_ids=g.response_ids, routes=g.routes)
-                 for r, g in zip(self._requests, generations, strict=True)]
+                 for r, g in zip(requests, generations, strict=True)]
         theirs = torch.tensor([p for g in generations for p in g.log_probs], dtype=torch.float64)
         difference = (self._score(views).log_prob.double() - theirs).abs()
         result = ProbeResult(mean=float(difference.mean()), max=float(difference.max()))

@@ -30,15 +30,21 @@ class RestartingEngine:
         self._restarts, self._counted = 0, 0
         self.asleep = False
         """Whether the engine lacks its weights: the next use of it needs `load_weights` first."""
+        self.memory: MemoryUse | None = None
+        """What the last `sleep` gave."""
 
     @property
     def policy_version(self) -> int:
         return self._engine.policy_version
 
-    def take_restarts(self) -> int:
-        """Restarts since the last call; the same on every rank."""
+    @property
+    def replicas(self) -> int:
+        return self._engine.replicas
+
+    def take_figures(self) -> dict[str, int]:
+        """See Engine.take_figures; the same on every rank."""
         new, self._counted = self._restarts - self._counted, self._restarts
-        return new
+        return {"engine_restarts": new, **self._engine.take_figures()}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished | None = None,
                  quota: Quota | None = None) -> list[Generation | None]:
@@ -68,9 +74,9 @@ class RestartingEngine:
 
     def sleep(self) -> MemoryUse | None:
         """See Engine.sleep. What breaks here is found at the next `wake`."""
-        use = self._engine.sleep()
-        self.asleep = use is not None
-        return use
+        self.memory = self._engine.sleep()
+        self.asleep = self.memory is not None
+        return self.memory
 
     def wake(self) -> None:
         """See Engine.wake. A new engine is awake."""

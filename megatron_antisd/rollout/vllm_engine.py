@@ -41,6 +41,7 @@ class VllmEngine:
     """
 
     policy_version: int
+    replicas: int
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class VllmEngine:
         self._tensor_parallel = rollout.tensor_parallel_size
         if world % self._tensor_parallel:
             raise EngineError(f"rollout.tensor_parallel_size={self._tensor_parallel} does not divide the world of {world} ranks")
-        self._replicas = world // self._tensor_parallel
+        self.replicas = world // self._tensor_parallel
         # A rank that hangs, and one that waits for it inside vLLM, come here so much later.
         patience = timedelta(seconds=timeout_seconds + 2 * rollout.stall_seconds)
         self._ranks = Ranks(patience, talkative=self._tensor_parallel > 1)
@@ -94,7 +95,7 @@ class VllmEngine:
         """See Engine.generate. With a quota a replica stops at its share (`spread`); in-process engines stop at the same decoding step every time."""
         self._ranks.require_agreement(_digest(requests, sampling, quota))
         check_requests(requests, sampling, max_context=self.max_context, vocab_size=self._replica.vocab_size)
-        parts = spread(requests, self._replicas, quota)
+        parts = spread(requests, self.replicas, quota)
         mine = parts[self._ranks.rank // self._tensor_parallel]
         size = 1 if quota is None else quota.group_size
         done = self._collective("generate", lambda: self._generate(requests, mine, size, sampling, finished))
@@ -145,6 +146,10 @@ class VllmEngine:
         """See Engine.wake."""
         if not self._replica.on_cpu:
             self._collective("wake", self._replica.wake)
+
+    def take_figures(self) -> dict[str, int]:
+        """See Engine.take_figures."""
+        return {}
 
     def close(self) -> None:
         """See Engine.close."""

@@ -97,7 +97,7 @@ def facts_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict[st
         began = time.perf_counter()
         again, told, _ = reported(engine.generate, REQUESTS, FIXED)
         facts["seconds"][name] = time.perf_counter() - began
-        facts[name] = again == undisturbed and engine.take_restarts() == 1 and set(told) == {(i, g.response_ids) for i, g in enumerate(again)}
+        facts[name] = again == undisturbed and engine.take_figures() == {"engine_restarts": 1} and set(told) == {(i, g.response_ids) for i, g in enumerate(again)}
         facts["resources"].append(resources())
     engine.load_weights(iter(tensors[1].items()), 1)
     updated = engine.generate(REQUESTS, FIXED)
@@ -107,7 +107,7 @@ def facts_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict[st
     if dist.get_rank() == 1:
         engine._engine._replica._llm.reset_prefix_cache = die
     engine.load_weights(iter(tensors[0].items()), 0)
-    facts["failed update"] = engine.generate(REQUESTS, FIXED) == undisturbed and engine.policy_version == 0 and engine.take_restarts() == 2
+    facts["failed update"] = engine.generate(REQUESTS, FIXED) == undisturbed and engine.policy_version == 0 and engine.take_figures() == {"engine_restarts": 2}
     return facts
 
 
@@ -115,7 +115,7 @@ def refusals_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict
     """What no restart can cure is raised at once, and so is a failure too many."""
     facts = {"too long": error_of(lambda: engine.generate([Request(prompt_ids=(5,) * CONTEXT, seed=0)], FIXED)),
              "disagreement": error_of(lambda: engine.generate(REQUESTS[dist.get_rank():], FIXED))}
-    assert engine.take_restarts() == 0
+    assert engine.take_figures() == {"engine_restarts": 0}
     engine._max_restarts, engine._restarts = 2, 1
     build = engine._build
 

@@ -19,7 +19,7 @@ class Scripted:
         self.log_probs, self.calls = tuple(log_probs), []
         self.requests: list[Request] = []
         self.sampling: Sampling | None = None
-        self.policy_version = 0
+        self.policy_version, self.replicas = 0, 1
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         self.calls.append("generate")
@@ -60,7 +60,7 @@ def make_probe(trainer: Sequence[float], *, limit: float = 0.1, copies: int = 2,
         values = torch.tensor(list(trainer) * len(views), dtype=torch.float32)
         return TokenScores(log_prob=values, entropy_median=0.0, lengths=(len(trainer),) * len(views))
 
-    return SyncProbe(prompt, score=score, copies=copies, limit=limit, max_context=max_context, temperature=0.5)
+    return SyncProbe(prompt, score=score, requests=copies, limit=limit, max_context=max_context, temperature=0.5)
 
 
 def test_difference_is_mean_and_max_over_all_tokens() -> None:
@@ -131,3 +131,10 @@ def test_a_checksum_that_differs_stops_everything() -> None:
     with pytest.raises(EngineError, match=r"after weight sync 5 the engine does not hold .*: p0; p1; p2; p3; p4; p5 and 2 more"):
         synchronise(engine, Given([], check=["a"], problems=[f"p{i}" for i in range(8)]), 5, make_probe([-1.0]))
     assert "generate" not in engine.calls
+
+
+def test_an_engine_of_more_copies_than_requests_is_asked_on_each() -> None:
+    engine = Scripted([-1.0])
+    engine.replicas = 5
+    make_probe([-1.0], copies=2)(engine)
+    assert [request.place for request in engine.requests] == [0, 1, 2, 3, 4]

@@ -100,7 +100,7 @@ def test_every_request_is_answered_once_and_groups_share_a_server() -> None:
         assert [len(server.replica.names) for server in servers] == [16, 16]
         prompts = [set(server.replica.prompts) for server in servers]
         assert len(prompts[0]) + len(prompts[1]) <= 9  # at most one group is divided
-        assert one.moved == 0 and one.lost() == set()
+        assert one.take_moved() == 0 and one.lost() == set()
 
 
 def test_responses_end_where_they_end() -> None:
@@ -132,7 +132,7 @@ def test_a_server_that_dies_leaves_its_requests_to_the_others() -> None:
             time.sleep(0.01)
         servers[0].die()
         check(wait_for(batch), asked, sampling(60))
-        assert one.lost() == {"a"} and one.moved == 16
+        assert one.lost() == {"a"} and one.take_moved() == 16
         assert len(servers[1].replica.names) == 32
 
 

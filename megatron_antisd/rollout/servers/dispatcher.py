@@ -61,8 +61,7 @@ class Dispatcher:
         self._urgent_only = False
         self._numbers = itertools.count(1)
         self._closed = False
-        self.moved = 0
-        """Stretches that were begun anew elsewhere, since their server went."""
+        self._moved = 0
 
     # -- the rank's own thread
 
@@ -133,6 +132,12 @@ class Dispatcher:
         """Identities of servers that cannot be used before the next weights, or at all."""
         with self._changed:
             return {identity for identity, link in self._links.items() if not link.usable}
+
+    def take_moved(self) -> int:
+        """Stretches that were begun anew elsewhere, since their server went: those since the last call."""
+        with self._changed:
+            moved, self._moved = self._moved, 0
+        return moved
 
     def close(self) -> None:
         with self._changed:
@@ -234,7 +239,7 @@ class Dispatcher:
             _log.warning("%s is not used any more: %s", link.client.record.url, why)
         link.usable = False
         link.prefixes.clear()
-        self.moved += len(link.flight)
+        self._moved += len(link.flight)
         self._waiting.extendleft(flight.response for flight in reversed(link.flight.values()))
         link.flight.clear()
         self._fail_without_servers(why)

@@ -55,7 +55,7 @@ class ServersEngine:
         self._life = self._ranks.from_main(directory.life if directory is not None else None)
         self._members: dict[str, ServerRecord] = {}
         self._clients: dict[str, ServerClient] = {}
-        self._closed = False
+        self._closed, self._moved = False, 0
         self._dispatcher = Dispatcher(f"{self._life}/{self._ranks.rank}", self._life, request_seconds=config.servers.request_seconds)
         try:
             self._ranks.together("start", lambda: self._wait_for_servers(wanted))
@@ -90,9 +90,10 @@ class ServersEngine:
     def complete(self, pending: Pending, finished: Finished | None = None) -> list[Generation | None]:
         """Wait for what was begun. Raises as Engine.generate."""
         pending.batch.urgent = True
-        shares = self._ranks.together("generate", lambda: self._collect(pending, finished))
+        shares = self._ranks.together("generate", lambda: (self._collect(pending, finished), self._dispatcher.take_moved()))
         results: list[Generation | None] = [None] * pending.requests
-        for share in shares:
+        for share, moved in shares:
+            self._moved += moved
             for index, generation in share.items():
                 results[index] = generation
         return results
@@ -225,6 +226,11 @@ class ServersEngine:
 
     def wake(self) -> None:
         """See `sleep`."""
+
+    def take_figures(self) -> dict[str, int]:
+        """See Engine.take_figures."""
+        moved, self._moved = self._moved, 0
+        return {"servers": self.replicas, "requests_moved": moved}
 
     def close(self) -> None:
         """See Engine.close. The servers stay, without requests."""
