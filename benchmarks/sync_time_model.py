@@ -24,7 +24,7 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128, "num_experts_per_tok": 8,
     "moe_intermediate_size": 768, "norm_topk_prob": True, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
     "rope_theta": 1e6, "hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
-PART_BYTES = 256 << 20
+PART_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ class ServerSync:
     def __call__(self, servers: Sequence[ServerRecord], version: int, tell: Tell) -> dict[str, str]:
         """Why each server failed that did, by identity. Raises EngineError where a server that took the weights holds others: it names tensors."""
         settings = self._config.sync
-        receivers = [ReceiverSpec(name=server.identity, tensor_parallel_size=server.tensor_parallel_size) for server in servers]
+        receivers = [ReceiverSpec(name=server.identity, tensor_parallel_size=server.tensor_parallel_size,
+                                  expert_parallel=self._config.rollout.expert_parallel) for server in servers]
         sync = self._sender.prepare(receivers, sync_id=str(next(self._numbers)), version=version, store=self._store,
                                     address=self._config.servers.store, checksum_tensors=settings.checksum_tensors)
         telling = _InBackground(lambda: tell(sync.specs, version, self._config.supervision.sync_seconds)) if self._ranks.rank == 0 else None

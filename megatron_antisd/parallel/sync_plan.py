@@ -61,7 +61,7 @@ class SyncPlan:
         self.engine, self.engine_ranks, self.inside = engine, engine_ranks, inside
         self._places = places
         self._nodes = [place.node for place in places][:engine_ranks] if inside else list(nodes) or [None] * engine_ranks
-        self._near: dict[tuple[tuple[int, ...], int | None], tuple[int, ...]] = {}
+        self._turns: dict[tuple[tuple[int, ...], int], dict[int, tuple[tuple[int, ...], int]]] = {}
         tensors = list(_planned_tensors(description, places, engine, dtypes))
         self.parts = _cut_into_parts(tensors, engine.tensor_size, part_bytes)
         self.tensors = {tensor.name: tensor for part in self.parts for tensor in part}
@@ -78,8 +78,8 @@ class SyncPlan:
                     continue
                 box = need.overlap(holding.box)
                 if box is not None:
-                    turn = engine_rank // self.engine.tensor_size + tensor.number + number
-                    yield Move(tensor, box, holding, LOCAL if own in holding.ranks else self._sender(holding.ranks, engine_rank, turn))
+                    local = own in holding.ranks
+                    yield Move(tensor, box, holding, LOCAL if local else self._sender(holding.ranks, engine_rank, tensor.number + number))
 
     def outgoing(self, rank: int) -> list[tuple[Outgoing, ...]]:
         """What a trainer rank sends, part by part."""
@@ -90,13 +90,25 @@ class SyncPlan:
         """What an engine rank receives, part by part."""
         return [self._incoming(part, engine_rank) for part in range(len(self.parts))]
 
-    def _sender(self, ranks: tuple[int, ...], engine_rank: int, turn: int) -> int:
-        node = self._nodes[engine_rank]
-        key = (ranks, node)
-        if key not in self._near:
-            self._near[key] = tuple(rank for rank in ranks if self._places[rank].node == node) or ranks
-        near = self._near[key]
-        return near[turn % len(near)]
+    def _sender(self, ranks: tuple[int, ...], engine_rank: int, number: int) -> int:
+        """Of those that hold a piece, by turns: the first one for the first engine rank that needs it from others, and so on, beginning with another
+        one for each tensor."""
+        key = (ranks, engine_rank % self.engine.tensor_size)
+        if key not in self._turns:
+            self._turns[key] = self._rotation(*key)
+        near, turn = self._turns[key][engine_rank]
+        return near[(turn + number) % len(near)]
+
+    def _rotation(self, ranks: tuple[int, ...], place: int) -> dict[int, tuple[tuple[int, ...], int]]:
+        """For each engine rank of this place: who may send to it, and its number among those with the same senders."""
+        found: dict[int, tuple[tuple[int, ...], int]] = {}
+        counts: dict[tuple[int, ...], int] = defaultdict(int)
+        for engine_rank in range(place, self.engine_ranks, self.engine.tensor_size):
+            node = self._nodes[engine_rank]
+            near = tuple(rank for rank in ranks if self._places[rank].node == node) or ranks
+            found[engine_rank] = near, counts[near]
+            counts[near] += not (self.inside and engine_rank in ranks)
+        return found
 
     def _message(self, part: int, rank: int, engine_rank: int) -> Outgoing | None:
         pieces, offset = [], 0
@@ -112,20 +124,24 @@ class SyncPlan:
     def _incoming(self, part: int, engine_rank: int) -> Incoming:
         sizes: dict[int, int] = defaultdict(int)
         place, tensors = engine_rank % self.engine.tensor_size, []
-        for tensor, group in itertools.groupby(self.moves(part, engine_rank), key=lambda move: move.tensor):
+        moves: dict[int, list[Move]] = defaultdict(list)
+        for move in self.moves(part, engine_rank):
+            moves[move.tensor.number].append(move)
+        for tensor in self.parts[part]:
+            need = tensor.needs[place]
+            if need is None:
+                continue
             pieces = []
-            for move in group:
-                source, held = move.holding.source, move.holding.box
+            for move in moves[tensor.number]:
+                source, held, local = move.holding.source, move.holding.box, move.sender == LOCAL
                 where = Source(source.key, source.row + move.box.top - held.top, source.column + move.box.left - held.left)
-                local = move.sender == LOCAL
                 pieces.append(IncomingPiece(move.box, move.sender, 0 if local else sizes[move.sender], where if local else None))
                 if not local:
                     sizes[move.sender] += aligned(move.box.numel * tensor.itemsize)
-            need = tensor.needs[place]
-            if need is None or sum(piece.box.numel for piece in pieces) != need.numel:
-                raise RuntimeError(f"{tensor.name}: the trainer's ranks hold {sum(p.box.numel for p in pieces)} of the {need} that engine rank "
-                                   f"{engine_rank} needs")
-            tensors.append(IncomingTensor(tensor.name, tensor.shape, tensor.dtype, need, tuple(pieces)))
+            if sum(piece.box.numel for piece in pieces) != need.numel:
+                raise RuntimeError(f"{tensor.name}: the trainer's ranks hold {sum(p.box.numel for p in pieces)} elements of the {need} that "
+                                   f"engine rank {engine_rank} needs")
+            tensors.append(IncomingTensor(tensor.name, tensor.shape, tensor.dtype, need, tuple(pieces)))  # with no piece where all is padding
         return Incoming(tuple(tensors), dict(sizes))
 
 

@@ -33,8 +33,9 @@ from megatron_antisd.wire.transports import Meeting, TrainerGroup, TransferError
 
 Checksums = dict[str, dict[int, int]]
 """Tensor -> place in a replica -> checksum of what that rank needs of it."""
-PARTS_AT_ONCE = 2
-"""A part is loaded while the next one arrives, so each is this fraction of `rollout.sync_bucket_bytes`."""
+PARTS_OF_A_BUCKET = 4
+"""A part is loaded while the next one arrives and another one is sent; what is left of `rollout.sync_bucket_bytes` goes to what vLLM keeps of a
+module that it has not all of yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class WeightSender:
                  transport: str = "process_group", timeout: float = 300.0) -> None:
         """`transport`: to servers, see `wire.transports`. `timeout`: seconds that a peer may take for one part, or to come to a transfer."""
         self._description, self._layout, self._transport, self._timeout = description, layout, transport, timeout
-        self._part_bytes = max(1, bucket_bytes // PARTS_AT_ONCE)
+        self._part_bytes = max(1, bucket_bytes // PARTS_OF_A_BUCKET)
         self._parameters: dict[Key, torch.nn.Parameter] = {}
         dtypes: dict[str, tuple[str, int]] = {}
         for sharded, parameter in local_weights(chunks, description, layout):

@@ -6,9 +6,9 @@ Run and tested: `process_group` on gloo, `shared_memory`. Written and not run: `
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
-import pickle
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -246,18 +246,24 @@ class CudaIpcTransport(_ThroughStore):
         from torch.multiprocessing.reductions import reduce_tensor
 
         torch.cuda.current_stream(self._meeting.device).synchronize()  # the receiver's streams know nothing of this one's
-        gpu = str(torch.cuda.get_device_properties(self._meeting.device).uuid)
-        return pickle.dumps((gpu, reduce_tensor(tensor))), tensor
+        _, arguments = reduce_tensor(tensor)
+        # Numbers and bytes alone, as JSON: the store has no access control, and a pickle from it could be anybody's code.
+        shape = (list(arguments[1]), list(arguments[2]), arguments[3])
+        note = [value.hex() if isinstance(value, bytes) else value for value in (*shape, *arguments[7:])]
+        return json.dumps([str(torch.cuda.get_device_properties(self._meeting.device).uuid), *note]).encode(), tensor
 
     def borrow(self, note: bytes, into: torch.Tensor) -> None:
-        """See _ThroughStore. The note is code of the trainer's: only those with the store's address can leave one."""
-        gpu, (rebuild, arguments) = pickle.loads(note)
+        """See _ThroughStore."""
+        from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+        gpu, size, stride, offset, handle, *rest = json.loads(note)
         mine = str(torch.cuda.get_device_properties(self._meeting.device).uuid)
         if gpu != mine:
             raise TransferError(f"{_me(self._meeting)}: the sender's memory is on the GPU {gpu}, this rank's GPU is {mine}: sync.transport=cuda_ipc "
                                 "needs both on one; set process_group")
-        arguments = (*arguments[:6], self._meeting.device.index, *arguments[7:])  # the sender's number of that GPU
-        into.copy_(rebuild(*arguments))
+        rest = [bytes.fromhex(value) if isinstance(value, str) else value for value in rest]
+        into.copy_(rebuild_cuda_tensor(torch.Tensor, size, stride, offset, torch.UntypedStorage, torch.uint8, self._meeting.device.index,
+                                       bytes.fromhex(handle), *rest))
         torch.cuda.current_stream(self._meeting.device).synchronize()
 
 

@@ -170,7 +170,7 @@ def main(folder: Path, transport: str) -> None:
     dist.broadcast_object_list(port, src=0)
     if rank:
         store = dist.TCPStore("127.0.0.1", port[0], is_master=False, timeout=timedelta(seconds=300))
-    sender = WeightSender(chunks, description, layout, bucket_bytes=128 << 10, transport=transport, timeout=60)
+    sender = WeightSender(chunks, description, layout, bucket_bytes=256 << 10, transport=transport, timeout=60)
     servers = Servers(store, port[0], paths[0]) if rank == 0 else None
     syncs = Syncs(sender, store, port[0], servers)
     if servers is not None:
