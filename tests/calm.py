@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ def files_below(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def assert_same_run(directory: Path, undisturbed: Path, *, step: int = STEPS) -> None:
+def assert_same_run(directory: Path, undisturbed: Path, *, step: int = STEPS, beyond: Collection[str] = ()) -> None:
     """Metrics, samples, u by kind of token, scored rollouts, every sample of every evaluation, the exported weights, and the tensors of the
-    last checkpoint, `step`: all but the metrics' times byte by byte; nothing is missing and nothing there twice."""
-    assert without_times(directory) == without_times(undisturbed)
+    last checkpoint, `step`: all but the metrics' times byte by byte; nothing is missing and nothing there twice. `beyond`: keys that only the rows of
+    `directory` have."""
+    rows = [{key: value for key, value in row.items() if key not in beyond} for row in without_times(directory)]
+    assert rows == without_times(undisturbed)
     for name in ("samples.jsonl", "token_u.jsonl"):
         assert (directory / name).read_bytes() == (undisturbed / name).read_bytes(), name
     for name in ("rollouts", "evaluations", "hf", f"checkpoints/step_{step:06d}/tensors"):

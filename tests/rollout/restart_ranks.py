@@ -97,7 +97,8 @@ def facts_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict[st
         began = time.perf_counter()
         again, told, _ = reported(engine.generate, REQUESTS, FIXED)
         facts["seconds"][name] = time.perf_counter() - began
-        facts[name] = again == undisturbed and engine.take_figures() == {"engine_restarts": 1} and set(told) == {(i, g.response_ids) for i, g in enumerate(again)}
+        counted = engine.take_figures() == {"engine_restarts": 1}
+        facts[name] = again == undisturbed and counted and set(told) == {(i, g.response_ids) for i, g in enumerate(again)}
         facts["resources"].append(resources())
     engine.load_weights(iter(tensors[1].items()), 1)
     updated = engine.generate(REQUESTS, FIXED)
@@ -107,7 +108,8 @@ def facts_of(engine: RestartingEngine, tensors: list[dict[str, Any]]) -> dict[st
     if dist.get_rank() == 1:
         engine._engine._replica._llm.reset_prefix_cache = die
     engine.load_weights(iter(tensors[0].items()), 0)
-    facts["failed update"] = engine.generate(REQUESTS, FIXED) == undisturbed and engine.policy_version == 0 and engine.take_figures() == {"engine_restarts": 2}
+    same = engine.generate(REQUESTS, FIXED) == undisturbed and engine.policy_version == 0
+    facts["failed update"] = same and engine.take_figures() == {"engine_restarts": 2}
     return facts
 
 

@@ -150,3 +150,10 @@ def test_groups(single: dict[str, Any]) -> None:
     assert single["versions"] == [4]
     assert single["repeatable"] and single["new_each_step"] == 3
     assert single["distinct"] == 12, "a problem that stands in a batch twice gets its own draws each time"
+
+
+def test_a_full_cache_costs_time_alone(single: dict[str, Any]) -> None:
+    """Sequences that are given up for want of cache are computed again: the same tokens, log-probs and experts."""
+    found = single["full_cache"]
+    assert found["given_up"][0] == 0 and found["given_up"][1] > 0
+    assert found["same_tokens"] and found["same_routes"] and found["difference"] < AGREES

@@ -14,7 +14,7 @@ from tiny_models import CONTEXT, VOCAB, log_probs, make_model, save
 from megatron_antisd.compat import megatron_cpu
 from megatron_antisd.config import RolloutConfig
 from megatron_antisd.records import Problem
-from megatron_antisd.rollout.engine import EngineError, Sampling
+from megatron_antisd.rollout.engine import EngineError, Request, Sampling
 from megatron_antisd.rollout.groups import generate_groups
 from megatron_antisd.rollout.vllm_engine import VllmEngine
 
@@ -22,6 +22,32 @@ from megatron_antisd.rollout.vllm_engine import VllmEngine
 def start(path: Path, dtype: Any, load_format: Any = "auto") -> VllmEngine:
     return VllmEngine(path, rollout=RolloutConfig(max_context=CONTEXT, max_sequences=16, kv_cache_bytes=64 << 20), dtype=dtype,
                       load_format=load_format, policy_version=3)
+
+
+def full_cache(folder: Path) -> dict[str, Any]:
+    """12 sequences of 400 tokens where the cache has blocks for two: vLLM gives sequences up and computes them again."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    given_up, give_up = [], Scheduler._preempt_request
+
+    def counted(self: Scheduler, *arguments: Any, **options: Any) -> Any:
+        given_up.append(1)
+        return give_up(self, *arguments, **options)
+
+    Scheduler._preempt_request = counted
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=300, ignore_eos=True, routes=True)
+    requests = [Request(prompt_ids=tuple(5 + (i + j) % 100 for j in range(100)), seed=i) for i in range(12)]
+    found, counts = [], []
+    for size in (64 << 20, 1 << 20):
+        given_up.clear()
+        engine = VllmEngine(folder, rollout=RolloutConfig(max_context=CONTEXT, max_sequences=16, kv_cache_bytes=size), dtype="float32", routes=True)
+        found.append(engine.generate(requests, sampling))
+        counts.append(len(given_up))
+        engine.close()
+    roomy, tight = found
+    difference = [abs(a - b) for one, other in zip(roomy, tight, strict=True) for a, b in zip(one.log_probs, other.log_probs, strict=True)]
+    return {"given_up": counts, "same_tokens": [g.response_ids for g in roomy] == [g.response_ids for g in tight], "difference": max(difference),
+            "same_routes": [g.routes for g in roomy] == [g.routes for g in tight]}
 
 
 def layers_left() -> list[str]:
@@ -76,6 +102,7 @@ def main(folder: Path) -> None:
     facts["bfloat16_same_after_reload"] = [g.rollouts[0].response_ids for g in groups] == [
         g.rollouts[0].response_ids for g in generate_groups(engine, problems, prompts, step=0, **arguments)]
     engine.close()
+    facts["full_cache"] = full_cache(folder)
     print("FACTS " + json.dumps(facts), flush=True)
 
 
