@@ -115,6 +115,36 @@ def test_a_part_without_anything_to_learn_is_left_out(groups: list[RolloutGroup]
     assert batching.make_batches([groups[1], groups[3]], teacher_of([groups[1], groups[3]]), None, 0.0, AlgorithmConfig(zero_variance="drop")) == []
 
 
+def test_overlong_responses_are_masked_or_pay(groups: list[RolloutGroup]) -> None:
+    """Truncated are rollout 2 of group a, and 0 and 1 of group d."""
+    (plain,) = batching.make_batches(groups, teacher_of(groups), None, 0.5, AlgorithmConfig())
+    mask = batching.Overlong(mode="mask")
+    (masked,) = batching.make_batches(groups, teacher_of(groups), None, 0.5, AlgorithmConfig(), overlong=mask)
+    assert [i for i, kept in enumerate(masked.sequence_mask.tolist()) if not kept] == [2, 9, 10] and mask.touched(groups) == 3
+    assert masked.tokens == plain.tokens - sum(lengths_of(groups)[i] for i in (2, 9, 10))
+    assert torch.equal(masked.sequence_advantage, plain.sequence_advantage), "they stay in the group's statistics"
+    penalty = batching.Overlong(mode="penalty", limit=6, buffer=4, penalty=0.5)
+    (paid,) = batching.make_batches(groups, teacher_of(groups), None, 0.5, AlgorithmConfig(), overlong=penalty)
+    for number, group in enumerate(groups):
+        shaped = np.array([r.reward - 0.5 * max(0.0, (len(r.response_ids) - 2) / 4) for r in group.rollouts])
+        expected = (shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-6) if shaped.std() else np.zeros(3)
+        assert paid.sequence_advantage[3 * number : 3 * number + 3].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert paid.sequence_mask.all() and penalty.touched(groups) == sum(n > 2 for n in lengths_of(groups))
+    assert batching.Overlong().touched(groups) is None
+
+
+def test_ratios_of_responses_and_the_empty_context_go_to_their_updates(groups: list[RolloutGroup]) -> None:
+    lengths, student = lengths_of(groups), scores_of(lengths_of(groups))
+    ratio = batching.response_log_ratio(groups, student)
+    engine = [p for group in groups for r in group.rollouts for p in r.engine_log_probs]
+    sums = [float(part.sum()) for part in (student.log_prob - torch.tensor(engine)).split(lengths)]
+    assert ratio.tolist() == pytest.approx([total for total, n in zip(sums, lengths, strict=True) for _ in range(n)], abs=1e-6)
+    teacher = replace(teacher_of(groups), empty_context=torch.zeros(sum(lengths[:2])))
+    first, second = batching.make_batches(groups, teacher, student, 0.5, AlgorithmConfig(updates_per_batch=2), log_ratio=ratio)
+    assert torch.equal(torch.cat([first.correction_log_ratio, second.correction_log_ratio]), ratio)
+    assert len(first.empty_context_log_prob) == sum(lengths[:2]) and second.empty_context_log_prob is None
+
+
 def test_ungraded_groups_are_refused(groups: list[RolloutGroup]) -> None:
     bare = replace(groups[1], rollouts=tuple(replace(r, reward=None) for r in groups[1].rollouts))
     with pytest.raises(ValueError, match=r"rollouts \[0, 1, 2\] of problem 'b' have no reward"):

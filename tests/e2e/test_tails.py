@@ -22,7 +22,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": GRPO,
     "oversample": {**GRPO, "tails": {"oversample": 1.5}},
     "dynamic": {**GRPO, "tails": {"dynamic_sampling": True, "dynamic_rounds": 2, "oversample": 1.25}},
-    "longest": {**GRPO, "tails": {"schedule": "longest_first"}, "run": {"steps": 8}, "checkpoint": {"every": 8}},
+    "longest": {**GRPO, "tails": {"schedule": "longest_first"}},
     "mask": {**GRPO, "tails": {"overlong": "mask"}},
     "penalty": {**GRPO, "tails": {"overlong": "penalty", "overlong_buffer": 8, "overlong_penalty": 0.5}},
     "truncate": {**GRPO, "correction": {"mode": "truncate", "upper": 1.0000001}},
@@ -89,8 +89,8 @@ def test_dynamic_sampling_draws_until_rewards_differ(rows: dict[str, list[dict[s
 def test_lengths_are_learned_and_change_no_draw(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
     for step in (1, 2):
         assert groups_of(world, "longest", step) == groups_of(world, "plain", step)
-    state = json.loads((world.root / "longest/checkpoints/step_000008/state.json").read_text())
-    assert {g.problem.id for step in (7, 8) for g in groups_of(world, "longest", step)} <= state["lengths"].keys()
+    state = json.loads((world.root / "whole/checkpoints/step_000006/state.json").read_text())
+    assert {g.problem.id for step in range(1, 7) for g in groups_of(world, "whole", step)} <= state["lengths"].keys()
     assert all(1 <= tokens <= 16 for tokens in state["lengths"].values())
 
 

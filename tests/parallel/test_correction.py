@@ -103,7 +103,7 @@ def test_auto_is_off_in_float32_to_the_last_bit(one_rank: Results) -> None:
 
 @pytest.mark.parametrize(("ranks", "overrides"), [
     (1, ["trainer.micro_batch_tokens=4096"]),
-    (2, ["parallel.tensor_parallel_size=2"]),
+    pytest.param(2, ["parallel.tensor_parallel_size=2"], marks=pytest.mark.slow),
     pytest.param(2, [], marks=pytest.mark.slow),
     pytest.param(2, ["parallel.pipeline_parallel_size=2"], marks=pytest.mark.slow),
     pytest.param(2, ["parallel.context_parallel_size=2"], marks=pytest.mark.slow),
