@@ -73,7 +73,9 @@ class HeldPart(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        whole = args[0]
+        whole = next((value for value in args if isinstance(value, HeldPart)), None)
+        if whole is None or whole is not args[0]:
+            raise RuntimeError(f"{func} reads a tensor of which only a part was sent: the loader was expected to narrow it first")
         if func is torch.ops.aten.detach.default:
             return HeldPart(whole._part, whole._box, whole.shape)
         if func is torch.ops.aten.unsqueeze.default and args[1] == 0 and whole.dim() == 2:  # one expert as a list of experts, and back

@@ -11,8 +11,8 @@ import torch
 from megatron_antisd.wire.boxes import Box
 
 MODULUS = 1 << 64
-CHUNK = 1 << 20
-"""Elements summed at once: a chunk's intermediate values take 32 bytes an element."""
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Elements summed at once: a chunk's intermediate values take about 40 bytes an element. On CPU they stay in the cache."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -22,7 +22,7 @@ def box_checksum(values: torch.Tensor, box: Box, columns: int) -> int:
     matrix = values.reshape(box.rows, box.columns)
     bits = matrix.contiguous().view(_INTEGERS[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=values.device)
-    step = max(1, CHUNK // max(1, box.columns))
+    step = max(1, CHUNK[values.device.type] // max(1, box.columns))
     across = torch.arange(box.left, box.right, device=values.device)
     for first in range(0, box.rows, step):
         part = bits[first : first + step]
