@@ -93,8 +93,9 @@ class RunningServer:
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.record = ServerRecord(identity=name, url=f"http://127.0.0.1:{port}", tensor_parallel_size=1, max_sequences=8, max_context=4096,
-                                   model=MODEL, dtype="float32", routes=False)
+        self.record = ServerRecord(
+            identity=name, url=f"http://127.0.0.1:{port}", tensor_parallel_size=1, expert_parallel=False, max_sequences=8, max_context=4096,
+            model=MODEL, dtype="float32", routes=False)
 
     def _run(self) -> None:
         try:

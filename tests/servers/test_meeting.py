@@ -17,8 +17,8 @@ from megatron_antisd.rollout.servers.meeting import Directory, Registration, Ser
 from megatron_antisd.rollout.servers.messages import TOKEN_VARIABLE, read_token, require_private
 from megatron_antisd.rollout.servers.process import address_towards
 
-RECORD = ServerRecord(identity="a", url="http://127.0.0.1:1", tensor_parallel_size=1, max_sequences=8, max_context=256, model=MODEL, dtype="bfloat16",
-                      routes=False)
+RECORD = ServerRecord(identity="a", url="http://127.0.0.1:1", tensor_parallel_size=1, expert_parallel=False, max_sequences=8, max_context=256,
+                      model=MODEL, dtype="bfloat16", routes=False)
 
 
 def free_address() -> str:
@@ -99,6 +99,7 @@ def test_an_address_that_is_taken_is_named() -> None:
     ({"model": {"model_type": "qwen3"}}, "hidden_size None there, 8 here; model_type 'qwen3' there, 'qwen3_moe' here"),
     ({"dtype": "float32"}, "it computes in float32, this run in bfloat16"),
     ({"tensor_parallel_size": 2}, "it was started with rollout.tensor_parallel_size=2, this run with 1"),
+    ({"expert_parallel": True}, "it was started with rollout.expert_parallel=True, this run with False"),
     ({"max_context": 100}, "its context is 100 tokens, this run needs 200"),
     ({}, "it returns no routes, which this run replays"),
     ({"routes": True}, ""),

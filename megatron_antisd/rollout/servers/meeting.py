@@ -41,6 +41,7 @@ class ServerRecord:
     """Of this process of it: a server that is started again has another one."""
     url: str
     tensor_parallel_size: int
+    expert_parallel: bool
     max_sequences: int
     max_context: int
     model: dict[str, Any]
@@ -69,6 +70,8 @@ def why_refused(record: ServerRecord, config: RunConfig, model: Mapping[str, Any
     if record.tensor_parallel_size != config.rollout.tensor_parallel_size:
         return (f"it was started with rollout.tensor_parallel_size={record.tensor_parallel_size}, this run with "
                 f"{config.rollout.tensor_parallel_size}")
+    if record.expert_parallel != config.rollout.expert_parallel:
+        return f"it was started with rollout.expert_parallel={record.expert_parallel}, this run with {config.rollout.expert_parallel}"
     if record.max_context < max_context:
         return f"its context is {record.max_context} tokens, this run needs {max_context} (rollout.max_context)"
     if routes and not record.routes:

@@ -45,8 +45,9 @@ def serve(config: RunConfig) -> None:
     with contextlib.closing(replica), serving(build_app(loop, token, config.servers.drain_seconds), address) as port:
         record = ServerRecord(
             identity=identity, url=f"http://{f'[{address}]' if ':' in address else address}:{port}", dtype=config.model.dtype,
-            tensor_parallel_size=config.rollout.tensor_parallel_size, max_sequences=config.rollout.max_sequences, max_context=replica.max_context,
-            model=read_essential(config.model.path), routes=replica.returns_routes)
+            tensor_parallel_size=config.rollout.tensor_parallel_size, expert_parallel=config.rollout.expert_parallel,
+            max_sequences=config.rollout.max_sequences, max_context=replica.max_context, model=read_essential(config.model.path),
+            routes=replica.returns_routes)
         with contextlib.closing(Registration(config.servers.store, token, record, heartbeat=config.servers.heartbeat_seconds,
                                              patience=config.servers.start_seconds)) as registration:
             _end_when_alone(loop, registration, config.servers.heartbeat_seconds)
