@@ -108,8 +108,8 @@ def vllm_problems(config: RunConfig, model: Mapping[str, Any], *, moe: bool, cpu
     if moe and tp > model["num_experts"]:
         yield f"rollout.tensor_parallel_size={tp} must not exceed the model's num_experts={model['num_experts']}"
     if config.rollout.expert_parallel and (not moe or tp == 1 or model["num_experts"] % tp):
-        yield (f"rollout.expert_parallel=true needs a mixture of experts whose number divides by rollout.tensor_parallel_size={tp}, which is at least "
-               f"2; the model has {model['num_experts'] if moe else 'none'}")
+        yield (f"rollout.expert_parallel=true needs a mixture of experts whose number divides by rollout.tensor_parallel_size={tp}, which is at "
+               f"least 2; the model has {model['num_experts'] if moe else 'none'}")
     if cpu and model["head_dim"] not in VLLM_CPU_HEAD_SIZES:
         yield (f"the model's head_dim={model['head_dim']} is not one vLLM has on CPU "
                f"({', '.join(map(str, VLLM_CPU_HEAD_SIZES))}); set rollout.engine=megatron")

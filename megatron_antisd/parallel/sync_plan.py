@@ -191,6 +191,9 @@ def _stages_by_turns(description: ModelDescription, places: Sequence[TrainerPlac
     stages: dict[int, list[list[Entry]]] = defaultdict(list)
     for _, module in itertools.groupby(description.entries(), key=module_of):
         entries = list(module)
+        if entries[0].expert is not None:  # one of each expert-parallel rank by turns, so that all of them send in each part
+            share = (description.experts or 1) // places[0].expert_size
+            entries.sort(key=lambda entry: ((entry.expert or 0) % share, (entry.expert or 0) // share))
         stages[stage_of[entries[0].weight.megatron, entries[0].layer]].append(entries)
     for turn in itertools.zip_longest(*(stages[stage] for stage in sorted(stages)), fillvalue=()):
         for module_entries in turn:

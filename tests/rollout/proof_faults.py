@@ -66,8 +66,8 @@ def main(folder: Path, family: str) -> None:
     tensors = [save(make_model(family, seed), folder / str(seed)) for seed in (0, 1)]
     old, new = tensors
     arguments = engine_arguments(
-        RolloutConfig(max_context=CONTEXT, max_sequences=4, kv_cache_bytes=16 << 20), dtype="float32", seed=0, max_context=CONTEXT, load_format="auto",
-        hf_overrides=None, executor="uni")
+        RolloutConfig(max_context=CONTEXT, max_sequences=4, kv_cache_bytes=16 << 20), dtype="float32", seed=0, max_context=CONTEXT,
+        load_format="auto", hf_overrides=None, executor="uni")
     replica = VllmReplica(folder / "0", arguments, stall_seconds=60)
     replica.start()
     wanted = expected(new)
