@@ -181,6 +181,7 @@ def start(root: Path, models: tuple[str, ...]) -> subprocess.Popen[str]:
                             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_shards_make_every_tensor_once(simulated: Path, name: str, layout: Layout) -> None:
     result = json.loads((simulated / f"{name}--{layout.name}.json").read_text())
@@ -192,6 +193,7 @@ def test_shards_make_every_tensor_once(simulated: Path, name: str, layout: Layou
     assert result["replicas"] * layout.tp * layout.pp == layout.world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_chunks_hold_the_layers_that_the_config_says(simulated: Path, name: str, layout: Layout) -> None:
     """Chunk i of the model stands on stage i modulo PP, its layers behind those of chunk i - 1."""
@@ -204,6 +206,7 @@ def test_chunks_hold_the_layers_that_the_config_says(simulated: Path, name: str,
     assert [layer for chunk in in_order for layer in chunk] == list(range(layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_padded_vocabulary_comes_off_again(simulated: Path, tp: int) -> None:
     """100 278 rows do not divide by 4 or 8; Qwen3's 151 936 always do."""
