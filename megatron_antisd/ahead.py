@@ -52,6 +52,9 @@ class Ahead:
         self._steps = config.asynchrony.max_staleness // config.algorithm.updates_per_batch
         """How many further batches are drawn beside the one that is waited for."""
         self._version, self._hidden = 0, 0.0  # of the last batch that was taken
+        if config.asynchrony.replay is not None:
+            for step in range(1, config.run.steps + 1):
+                read_versions(Path(config.asynchrony.replay), step, config.rollout.problems_per_step * config.rollout.group_size)
 
     def problems(self, step: int) -> list[Problem]:
         """Of the step's batch. It and those behind it are on their way afterwards."""

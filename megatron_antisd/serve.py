@@ -20,6 +20,7 @@ from types import FrameType
 
 from megatron_antisd.config import ConfigError, RunConfig, load_config, rules
 from megatron_antisd.inputs import read_model_config
+from megatron_antisd.rollout.servers.exit_codes import EXIT_CONFIGURATION
 from megatron_antisd.rollout.servers.messages import read_token
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class Node:
                     continue
                 self._children.remove(child)
                 restarts = 0 if time.monotonic() - child.began > HEALTHY_SECONDS else child.restarts
-                if ended == 0 or self._asked:
+                if ended in (0, EXIT_CONFIGURATION) or self._asked:
+                    code = code or ended
                     continue
                 if restarts >= self._limit:
                     _log.error("server %d ended with code %d after %d restarts (rollout.max_restarts): given up", child.place, ended, restarts)
@@ -65,6 +67,8 @@ class Node:
                 _log.warning("server %d ended with code %d: starting it again (%d of at most %d times)", child.place, ended, restarts + 1,
                              self._limit)
                 self._children.append(self._start(child.place, restarts + 1))
+                if self._asked:  # meanwhile, and the new one was not told
+                    self._children[-1].process.send_signal(signal.SIGTERM)
             time.sleep(POLL_SECONDS)
         return code
 

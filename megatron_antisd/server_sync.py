@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +20,11 @@ from megatron_antisd.rollout.servers.engine import ServersEngine, Tell
 from megatron_antisd.rollout.servers.meeting import Directory, ServerRecord, essential, split_address
 from megatron_antisd.rollout.servers.messages import read_token
 
-_log = logging.getLogger(__name__)
+Report = tuple[dict[str, Any], ...]
+"""Of a server's engine ranks."""
 
 
-class ServerSync:
+class SendToServers:
     """Sends to whichever servers there are; the same object for the life of the process. Collective."""
 
     def __init__(self, config: RunConfig, sender: WeightSender, directory: Directory | None) -> None:
@@ -42,9 +42,9 @@ class ServerSync:
                                   expert_parallel=self._config.rollout.expert_parallel) for server in servers]
         sync = self._sender.prepare(receivers, sync_id=str(next(self._numbers)), version=version, store=self._store,
                                     address=self._config.servers.store, checksum_tensors=settings.checksum_tensors)
-        telling = _InBackground(lambda: tell(sync.specs, version, self._config.supervision.sync_seconds)) if self._ranks.rank == 0 else None
+        asked = tell(sync.specs, version, self._config.supervision.sync_seconds) if self._ranks.rank == 0 else {}
         failures = sync.send()
-        reports, refused = self._ranks.together("weight sync", lambda: telling.result() if telling is not None else ({}, {}))[0]
+        reports, refused = self._ranks.together("weight sync", lambda: _replies(asked, failures, self._config.sync.timeout_seconds))[0]
         failures = {**failures, **refused}  # the server's own word, where both failed
         self._certify(servers, sync.mismatches({name: report for name, report in reports.items() if name not in failures}), version)
         return failures
@@ -56,26 +56,19 @@ class ServerSync:
                 f"server {urls[name]} does not hold the trainer's weights: {', '.join(problems[:4])}" for name, problems in mismatches.items()))
 
 
-class _InBackground:
-    """A function's result, or what it raised, from a thread of its own."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self._result: Any = None
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(action,), name="weight sync", daemon=True)
-        self._thread.start()
-
-    def _run(self, action: Callable[[], Any]) -> None:
-        try:
-            self._result = action()
-        except Exception as error:  # raised where the result is asked for
-            self._error = error
-
-    def result(self) -> Any:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._result
+def _replies(asked: Mapping[str, Future[Report]], failures: Mapping[str, str], seconds: float) -> tuple[dict[str, Report], dict[str, str]]:
+    """What the servers report once everything was sent, and why others do not. One that was not sent everything is waited for no longer; another may
+    still load for `seconds`."""
+    wait([future for name, future in asked.items() if name not in failures], timeout=seconds)
+    reports, refused = {}, {}
+    for name, future in asked.items():
+        if not future.done():
+            refused |= {} if name in failures else {name: f"it did not report within {seconds:g} s (sync.timeout_seconds) after everything was sent"}
+        elif (error := future.exception()) is not None:
+            refused[name] = str(error)
+        else:
+            reports[name] = future.result()
+    return reports, refused
 
 
 def servers_builder(config: RunConfig, inputs: Inputs, trainer: Trainer, *, routes: bool) -> Callable[[], ServersEngine]:
@@ -90,12 +83,12 @@ def servers_builder(config: RunConfig, inputs: Inputs, trainer: Trainer, *, rout
     transport = "process_group" if config.sync.transport == "auto" else config.sync.transport
     sender = WeightSender(trainer.chunks, trainer.description, trainer.layout, bucket_bytes=config.rollout.sync_bucket_bytes, transport=transport,
                           timeout=config.sync.timeout_seconds)
-    sync = ServerSync(config, sender, directory)
+    send = SendToServers(config, sender, directory)
     model = read_model_config(config)
     wanted = itertools.chain([config.servers.count], itertools.repeat(1))
 
     def build() -> ServersEngine:
         return ServersEngine(config, token, directory, model=essential(model), vocab_size=model["vocab_size"], max_context=inputs.max_context,
-                             send=sync, routes=routes, wanted=next(wanted))
+                             send=send, routes=routes, wanted=next(wanted))
 
     return build

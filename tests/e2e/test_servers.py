@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from calm import assert_same_run, make_config, wait_until
 from e2e.serving import nodes, server_pids, server_sections
@@ -80,6 +81,23 @@ def test_an_asynchronous_run_can_be_replayed(world: World, two: list[Started], s
     train(2, make_config(world, again, **long_responses(sections, 2, replay=str(first))))
     assert_same_run(again, first)
     assert without_times(again) == without_times(first)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trainer_that_is_killed_goes_on_with_the_same_servers(world: World, two: list[Started], sections: Sections) -> None:
+    """With requests under way that nobody waits for any more; torchrun starts the ranks again, and the servers take the new trainer."""
+    directory = world.root / "killed_trainer"
+    config = make_config(world, directory, **long_responses(sections, 1))
+    ranks = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "megatron_antisd.train")
+    with started(world.root / "killed_trainer.log", *ranks, str(config), module=TORCHRUN) as run:
+        wait_until(run, lambda: steps_done(directory) >= 2)
+        victim = next(child for child in psutil.Process(run.process.pid).children() if child.environ().get("RANK") == "1")
+        victim.kill()
+        assert run.exit_code() == 0, run.output[-6000:]
+    rows = rows_of(directory)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["staleness_max"] <= 1 for row in rows)
+    assert all(row["engine_restarts"] == 0 for row in rows) and "resumed from" in run.output
 
 
 @pytest.mark.slow

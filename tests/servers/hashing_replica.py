@@ -88,7 +88,7 @@ class RunningServer:
     def __init__(self, name: str, **arguments: Any) -> None:
         self.replica = HashingReplica(**arguments)
         self.loop = EngineLoop(self.replica, name)
-        self._door = serving(build_app(self.loop, TOKEN, 5.0), "127.0.0.1")
+        self._door = serving(build_app(self.loop, TOKEN), "127.0.0.1")
         port = self._door.__enter__()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)

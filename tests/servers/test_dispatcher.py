@@ -29,10 +29,14 @@ def requests(groups: int, size: int = 4) -> dict[int, Request]:
     return {size * group + i: Request(prompt_ids=(group,) * 70, seed=100 * group + i) for group in range(groups) for i in range(size)}
 
 
+def client_of(server: RunningServer) -> ServerClient:
+    return ServerClient(server.record, TOKEN, silence_seconds=3, step_seconds=2)
+
+
 @contextlib.contextmanager
-def dispatcher(servers: Sequence[RunningServer], room: int = 8, request_seconds: float = 60) -> Iterator[Dispatcher]:
-    clients = [ServerClient(server.record, TOKEN, silence_seconds=3) for server in servers]
-    one = Dispatcher("me", "life", request_seconds=request_seconds)
+def dispatcher(servers: Sequence[RunningServer], room: int = 8, request_seconds: float = 60, stall_seconds: float = 20) -> Iterator[Dispatcher]:
+    clients = [client_of(server) for server in servers]
+    one = Dispatcher("me", "life", request_seconds=request_seconds, stall_seconds=stall_seconds)
     give(clients, 0)
     one.use([(client, room) for client in clients])
     one.resume(0, urgent_only=False)
@@ -49,7 +53,7 @@ def give(clients: Sequence[ServerClient], version: int) -> None:
 
 def new_weights(one: Dispatcher, servers: Sequence[RunningServer], version: int, **how: bool) -> None:
     one.pause(wait=how.get("wait", False), seconds=5)
-    clients = [ServerClient(server.record, TOKEN, silence_seconds=3) for server in servers]
+    clients = [client_of(server) for server in servers]
     give(clients, version)
     one.use([(link.client, link.room) for link in one._links.values()])
     one.resume(version, urgent_only=False)
@@ -252,9 +256,74 @@ def test_a_request_for_every_copy_reaches_every_server() -> None:
 
 def test_a_server_with_other_weights_is_not_used() -> None:
     with running("a", "b") as servers, dispatcher(servers) as one:
-        give([ServerClient(servers[0].record, TOKEN, silence_seconds=3)], 7)
+        give([client_of(servers[0])], 7)
         asked = requests(2)
         batch = make_batch(asked, sampling(5))
         one.submit(batch)
         check(wait_for(batch), asked, sampling(5))
         assert one.lost() == {"a"} and servers[0].replica.names == []
+
+
+def test_a_dispatcher_that_comes_after_another_gets_none_of_its_results() -> None:
+    """An engine that is built anew on the same rank: what the server still keeps for the old one must not answer the new one's requests."""
+    with running("a") as servers:
+        asked = requests(2)
+        for seed in (0, 1000):
+            mine = {index: Request(prompt_ids=request.prompt_ids, seed=request.seed + seed) for index, request in asked.items()}
+            with dispatcher(servers) as one:
+                batch = make_batch(mine, sampling(10))
+                one.submit(batch)
+                check(wait_for(batch), mine, sampling(10))
+
+
+def test_a_server_that_drains_keeps_what_it_has_and_others_take_the_rest() -> None:
+    with running("a", "b", step_seconds=0.01) as servers, dispatcher(servers, room=4) as one:
+        asked = requests(5)
+        batch = make_batch(asked, sampling(60))
+        one.submit(batch)
+        while servers[0].loop.status().steps < 5:
+            time.sleep(0.01)
+        servers[0].loop.drain(20)
+        check(wait_for(batch), asked, sampling(60))
+        assert one.take_moved() == 0 and len(servers[0].replica.names) == 4 and len(servers[1].replica.names) == 16
+
+
+def test_a_decoding_step_that_does_not_end_is_noticed() -> None:
+    with running("stuck", step_seconds=4) as (stuck,), running("well") as (well,), dispatcher([stuck, well], stall_seconds=1) as one:
+        asked = requests(4)
+        batch = make_batch(asked, sampling(20))
+        one.submit(batch)
+        check(wait_for(batch), asked, sampling(20))
+        assert one.lost() == {"stuck"}
+
+
+def test_what_is_drawn_ahead_waits_for_a_server() -> None:
+    with running("a", step_seconds=0.005) as (first,), running("b") as (second,), dispatcher([first]) as one:
+        asked = requests(1)
+        ahead = make_batch(asked, sampling(200), urgent=False)
+        one.submit(ahead)
+        while first.loop.status().steps < 5:
+            time.sleep(0.01)
+        first.die()
+        while not one.lost():
+            time.sleep(0.05)
+        assert ahead.events.empty()
+        one.pause(wait=False, seconds=5)
+        give([client_of(second)], 1)
+        one.use([(client_of(second), 8)])
+        one.resume(1, urgent_only=False)
+        check(wait_for(ahead), asked, sampling(200))
+
+
+def test_a_replay_that_cannot_come_to_its_end_says_so() -> None:
+    with running("a") as servers, dispatcher(servers) as one:
+        one.pause(wait=False, seconds=5)
+        give([client_of(servers[0])], 5)
+        one.use([(client_of(servers[0]), 8)])
+        one.resume(5, urgent_only=False)
+        for cuts in (((4, 3), (5, 7)), ((5, 7),)):  # of weights that are gone; of a response that was complete after 7 tokens
+            batch = make_batch({0: Request(prompt_ids=(1,), seed=1)}, sampling(10), [cuts])
+            one.submit(batch)
+            one.resume(5, urgent_only=False)
+            with pytest.raises(EngineError, match="cannot be drawn as they were"):
+                wait_for(batch)

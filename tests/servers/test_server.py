@@ -10,7 +10,7 @@ import pytest
 from servers.hashing_replica import TOKEN, RunningServer, draw, running
 
 from megatron_antisd.rollout.engine import EngineError, Request, Sampling
-from megatron_antisd.rollout.servers.client import ServerClient, ServerLost, ServerRefused
+from megatron_antisd.rollout.servers.client import ServerClient, ServerDrains, ServerLost, ServerRefused
 from megatron_antisd.rollout.servers.messages import Collection, Job, Receive, Result, Stop, Submission, bearer
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=5, ignore_eos=True)
@@ -24,7 +24,7 @@ def server() -> Iterator[RunningServer]:
 
 
 def client_of(server: RunningServer) -> ServerClient:
-    return ServerClient(server.record, TOKEN, silence_seconds=5)
+    return ServerClient(server.record, TOKEN, silence_seconds=5, step_seconds=1)
 
 
 def job(name: str, seed: int = 1, sampling: Sampling = SAMPLING) -> Job:
@@ -52,7 +52,7 @@ def test_without_the_secret_every_call_is_refused_and_there_are_no_others(server
     http = httpx.Client()
     for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN.decode()}, {"authorization": "bearer " + TOKEN.decode()}):
         assert http.get(f"{server.record.url}/status", headers=header).status_code == 401
-        for call in ("submit", "collect", "stop", "receive", "drain"):
+        for call in ("submit", "collect", "stop", "receive"):
             assert http.post(f"{server.record.url}/{call}", headers=header, content=b"").status_code == 401
     assert server.loop.status().state == "unsynced"  # nothing happened
     for path in ("/docs", "/openapi.json", "/collective_rpc", "/pause", "/v1/completions", "/"):
@@ -168,10 +168,10 @@ def test_a_draining_server_finishes_and_takes_nothing_new(server: RunningServer)
     client = client_of(server)
     give_weights(client)
     client.submit(submission(job("j", 1, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=100, ignore_eos=True))))
-    client.drain()
-    with pytest.raises(ServerRefused, match="draining"):
+    server.loop.drain(20)
+    with pytest.raises(ServerDrains, match="draining"):
         client.submit(submission(job("k")))
     (result,) = collect(client, 1)
     assert result.generation is not None and len(result.generation.response_ids) == 100
-    server._thread.join(5)
+    server._thread.join(10)
     assert not server._thread.is_alive() and server.error is None

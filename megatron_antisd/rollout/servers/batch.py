@@ -63,6 +63,11 @@ class Response:
             raise EngineFailure(f"response {self.index} was called complete without a token")
         return dataclasses.replace(self.last, response_ids=self.ids, log_probs=self.log_probs, version_spans=self.spans)
 
+    def is_lost(self, version: int) -> bool:
+        """Whether a replay cannot come to its end any more: a cut of weights that are gone is not drawn, or all cuts are and there is no end."""
+        return self.cuts is not None and (any(of < version and self._drawn(of) < tokens for of, tokens in self.cuts)
+                                          or all(self._drawn(of) >= tokens for of, tokens in self.cuts))
+
     def _cut(self, version: int) -> int:
         return dict(self.cuts or ()).get(version, 0)
 
@@ -85,6 +90,8 @@ class Batch:
     events: queue.SimpleQueue[Response | EngineError] = field(default_factory=queue.SimpleQueue)
     urgent: bool = True
     """Whether somebody waits for it; others are drawn ahead."""
+    withdrawn: bool = False
+    """What comes back of it is dropped."""
 
 
 def make_batch(requests: Mapping[int, Request], sampling: Sampling, cuts: Sequence[Spans] | None = None, *, urgent: bool = True) -> Batch:

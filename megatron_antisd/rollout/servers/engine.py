@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +26,10 @@ from megatron_antisd.rollout.servers.messages import Receive, Stop
 from megatron_antisd.rollout.spreading import GroupCount, Part, spread
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 POLL_EVENTS_SECONDS = 0.1
+FORGET_SECONDS = 900.0
+"""After which a server that does not answer is not asked any more: its node is gone, or it was started again and comes as another one."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -56,7 +60,9 @@ class ServersEngine:
         self._members: dict[str, ServerRecord] = {}
         self._clients: dict[str, ServerClient] = {}
         self._closed, self._moved = False, 0
-        self._dispatcher = Dispatcher(f"{self._life}/{self._ranks.rank}", self._life, request_seconds=config.servers.request_seconds)
+        self._dispatcher = Dispatcher(f"{self._life}/{self._ranks.rank}", self._life, request_seconds=config.servers.request_seconds,
+                                      stall_seconds=config.rollout.stall_seconds + config.servers.silence_seconds)
+        self._absent: dict[str, float] = {}  # since when each server does not answer
         try:
             self._ranks.together("start", lambda: self._wait_for_servers(wanted))
         except EngineError:
@@ -89,7 +95,7 @@ class ServersEngine:
 
     def complete(self, pending: Pending, finished: Finished | None = None) -> list[Generation | None]:
         """Wait for what was begun. Raises as Engine.generate."""
-        pending.batch.urgent = True
+        self._dispatcher.hurry(pending.batch)
         shares = self._ranks.together("generate", lambda: (self._collect(pending, finished), self._dispatcher.take_moved()))
         results: list[Generation | None] = [None] * pending.requests
         for share, moved in shares:
@@ -143,8 +149,7 @@ class ServersEngine:
         if replays:
             self._dispatcher.run_out()
         self._dispatcher.pause(wait=config.asynchrony.partial == "finish" and not replays, seconds=config.servers.silence_seconds)
-        lost = set().union(*self._ranks.together("pause", self._dispatcher.lost))
-        members = self._ranks.together("find servers", lambda: self._present_members(lost))[0]
+        members = self._ranks.together("find servers", self._present_members)[0]
         if not members:
             raise EngineFailure("load_weights: no server is left")
         failed = self._send(members, version, self._tell)
@@ -157,6 +162,8 @@ class ServersEngine:
             raise EngineFailure("load_weights failed on all servers: " + "; ".join(failed.values()))
         room = max(1, -(-config.rollout.max_sequences // self._ranks.world))
         self._dispatcher.use([(self._client(record), room) for record in self._members.values()])
+        for identity in self._clients.keys() - self._members.keys():
+            self._clients.pop(identity).close()
         self.policy_version = version
         self._dispatcher.resume(version, urgent_only=True)
 
@@ -164,19 +171,14 @@ class ServersEngine:
         """Send what is drawn ahead, too. Not collective."""
         self._dispatcher.resume(self.policy_version, urgent_only=False)
 
-    def _tell(self, specifications: Mapping[str, dict[str, Any]], version: int, seconds: float) -> tuple[Reports, dict[str, str]]:
-        """Rank 0's: have each server, by identity, receive. What the engine ranks of each reported, and why others did not."""
-        def tell(identity: str) -> tuple[dict[str, Any], ...] | str:
-            try:
-                message = Receive(life=self._life, version=version, specification=specifications[identity])
-                return self._clients[identity].receive(message, seconds).replies
-            except (ServerLost, ServerRefused, EngineError) as error:
-                return str(error)
+    def _tell(self, specifications: Mapping[str, dict[str, Any]], version: int, seconds: float) -> dict[str, Future[tuple[dict[str, Any], ...]]]:
+        """Rank 0's: have each server, by identity, receive. What the engine ranks of each report, or why they do not, as soon as it is known."""
+        def tell(identity: str) -> tuple[dict[str, Any], ...]:
+            client = self._clients[identity]
+            client.stop(Stop(client=None))  # what clients that are gone left behind: those that are here have paused
+            return client.receive(Receive(life=self._life, version=version, specification=specifications[identity]), seconds).replies
 
-        with ThreadPoolExecutor(max(1, len(specifications))) as pool:
-            replies = dict(zip(specifications, pool.map(tell, specifications), strict=True))
-        return ({identity: reply for identity, reply in replies.items() if not isinstance(reply, str)},
-                {identity: reply for identity, reply in replies.items() if isinstance(reply, str)})
+        return {identity: in_thread(lambda identity=identity: tell(identity)) for identity in specifications}
 
     # -- servers
 
@@ -185,38 +187,45 @@ class ServersEngine:
         if self._directory is None:
             return
         settings, end = self._config.servers, time.monotonic() + self._config.servers.start_seconds
-        while len(present := self._present_members(set())) < count:
+        while len(present := self._present_members()) < count:
             if time.monotonic() > end:
                 raise EngineError(f"{len(present)} of {count} servers (servers.count) that fit this run came to {settings.store} within "
                                   f"servers.start_seconds={settings.start_seconds:g}; start them with: python -m megatron_antisd.serve CONFIG.yaml")
             time.sleep(POLL_SECONDS)
 
-    def _present_members(self, lost: set[str]) -> list[ServerRecord]:
-        """Rank 0's: the servers that fit and answer, new ones among them. Those that are `lost` stop what they may still be doing."""
+    def _present_members(self) -> list[ServerRecord]:
+        """Rank 0's: the servers that fit and answer, new ones among them. One that does not is asked again the next time, for some minutes."""
         if self._directory is None:
             return []
+        records = [record for record in self._directory.records() if self._fits(record)]
+        asked = {record.identity: in_thread(self._client(record).status) for record in records}
         present = []
-        for record in self._directory.records():
-            if record.identity not in self._clients:
-                why = why_refused(record, self._config, self._model, self.max_context, routes=self._routes)
-                _log.log(logging.ERROR if why else logging.INFO, "server %s %s", record.url, f"is not used: {why}" if why else "is there")
-                if why:
-                    self._directory.forget(record)
-                    continue
-            client = self._client(record)
+        for record in records:
             try:
-                if record.identity in lost:
-                    client.stop(Stop(client=None))
-                if client.status().state in ("ready", "unsynced"):
+                if asked[record.identity].result().state in ("ready", "unsynced"):
                     present.append(record)
+                self._absent.pop(record.identity, None)
             except (ServerLost, ServerRefused, EngineError) as error:
+                since = self._absent.setdefault(record.identity, time.monotonic())
                 _log.warning("server %s is gone: %s", record.url, error)
-                self._directory.forget(record)
+                if time.monotonic() - since > FORGET_SECONDS:
+                    self._directory.forget(record)
         return present
+
+    def _fits(self, record: ServerRecord) -> bool:
+        """One that does not is named once."""
+        if record.identity in self._clients or record.identity in self._absent:
+            return True
+        why = why_refused(record, self._config, self._model, self.max_context, routes=self._routes)
+        _log.log(logging.ERROR if why else logging.INFO, "server %s %s", record.url, f"is not used: {why}" if why else "is there")
+        if why:
+            self._directory.forget(record)
+        return not why
 
     def _client(self, record: ServerRecord) -> ServerClient:
         if record.identity not in self._clients:
-            self._clients[record.identity] = ServerClient(record, self._token, silence_seconds=self._config.servers.silence_seconds)
+            self._clients[record.identity] = ServerClient(record, self._token, silence_seconds=self._config.servers.silence_seconds,
+                                                          step_seconds=self._config.rollout.stall_seconds)
         return self._clients[record.identity]
 
     # -- life cycle
@@ -244,7 +253,20 @@ class ServersEngine:
         self._ranks.close()
 
 
-Reports = dict[str, tuple[dict[str, Any], ...]]
-Tell = Callable[[Mapping[str, dict[str, Any]], int, float], tuple[Reports, dict[str, str]]]
+def in_thread(action: Callable[[], T]) -> Future[T]:
+    """What it returns or raises, from a thread that does not hold up the process's end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except Exception as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="server call", daemon=True).start()
+    return future
+
+
+Tell = Callable[[Mapping[str, dict[str, Any]], int, float], dict[str, Future[tuple[dict[str, Any], ...]]]]
 SendWeights = Callable[[list[ServerRecord], int, Tell], dict[str, str]]
 """(servers, version, tell) -> why each one failed that did, by identity; collective, the same on every rank."""

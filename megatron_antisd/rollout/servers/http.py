@@ -25,7 +25,7 @@ T = TypeVar("T")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
-def build_app(loop: EngineLoop, token: bytes, drain_seconds: float) -> Starlette:
+def build_app(loop: EngineLoop, token: bytes) -> Starlette:
     """The calls of `client.ServerClient`. There is no other: nothing that executes code, and no documentation page."""
 
     async def status(request: HttpRequest) -> Response:
@@ -38,7 +38,8 @@ def build_app(loop: EngineLoop, token: bytes, drain_seconds: float) -> Starlette
 
     async def collect(request: HttpRequest) -> Response:
         message = decode(await request.body(), Collection)
-        return _answer(Collected(results=await _results(loop.box(message.client), message)))
+        results = await _results(loop.box(message.client), message)
+        return _answer(Collected(results=results, step_seconds=loop.status().step_seconds))
 
     async def stop(request: HttpRequest) -> Response:
         message = decode(await request.body(), Stop)
@@ -48,11 +49,7 @@ def build_app(loop: EngineLoop, token: bytes, drain_seconds: float) -> Starlette
         message = decode(await request.body(), Receive)
         return _answer(await _asked(loop, lambda: loop.receive(message)))
 
-    async def drain(request: HttpRequest) -> Response:
-        loop.drain(drain_seconds)
-        return _answer(None)
-
-    calls = {"submit": submit, "collect": collect, "stop": stop, "receive": receive, "drain": drain}
+    calls = {"submit": submit, "collect": collect, "stop": stop, "receive": receive}
     return Starlette(routes=[Route("/status", _guarded(status, token)),
                              *(Route(f"/{name}", _guarded(call, token), methods=["POST"]) for name, call in calls.items())])
 
@@ -102,6 +99,7 @@ def serving(app: Starlette, address: str) -> Iterator[int]:
     """Answers on a port of `address` that the system picks, in a thread of its own. Yields the port."""
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.bind((address, 0))
+    listener.listen(1024)  # from here on callers wait until the server has started
     server = uvicorn.Server(uvicorn.Config(app, log_level=logging.WARNING, access_log=False, lifespan="off", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
     thread.start()

@@ -18,6 +18,8 @@ from megatron_antisd.rollout.vllm_replica import SyncBroken, VllmReplica
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 IDLE_SECONDS = 0.5
+LINGER_SECONDS = 3.0
+"""For the last results of a server that drains to be collected."""
 
 
 class Refused(RuntimeError):
@@ -44,6 +46,10 @@ class Outbox:
             self._results.append(Result(number=self._count, name=name, generation=generation, stopped=stopped))
         self.notify()
 
+    def clear(self) -> None:
+        with self._lock:
+            self._results.clear()
+
     def take(self, acknowledged: int) -> tuple[Result, ...]:
         """Those after number `acknowledged`; the others are forgotten."""
         with self._lock:
@@ -63,6 +69,7 @@ class EngineLoop:
         self._life, self._version, self._fault = "", None, ""
         self._steps, self._step_began = 0, None
         self._draining_until: float | None = None
+        self._idle_since = time.monotonic()
         self._closed, self._ended = False, False
 
     # -- from other threads
@@ -132,6 +139,8 @@ class EngineLoop:
         already, the server has none until they are sent again."""
         if self._clients:
             raise Refused(f"server {self._identity} has {len(self._clients)} requests under way; stop them before new weights")
+        for box in self._boxes.values():
+            box.clear()  # nobody waits for anything that the old weights drew
         try:
             replies = self._replica.receive_weights(message.specification)
         except SyncBroken as error:
@@ -159,8 +168,10 @@ class EngineLoop:
             self._refuse_all()
 
     def _over(self) -> bool:
+        if self._clients or self._draining_until is None:
+            self._idle_since = time.monotonic()
         end = self._draining_until
-        return self._closed or (end is not None and (not self._clients or time.monotonic() >= end))
+        return self._closed or (end is not None and (time.monotonic() >= end or time.monotonic() - self._idle_since > LINGER_SECONDS))
 
     def _step(self) -> None:
         self._step_began = time.monotonic()

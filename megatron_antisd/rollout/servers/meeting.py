@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron_antisd.config import ConfigError, RunConfig
 from megatron_antisd.rollout.engine import EngineError
+from megatron_antisd.rollout.servers.messages import require_private
 
 _log = logging.getLogger(__name__)
 ROOM = "megatron_antisd/servers"
@@ -96,10 +97,16 @@ class Directory:
 
     def __init__(self, address: str, token: bytes) -> None:
         host, port = split_address(address)
-        self.host, self.port = host, port
         self.life = uuid.uuid4().hex
         try:
-            self.store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+            place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+            require_private(place, "servers.store")
+            # Left to itself the store listens on all addresses.
+            listener = socket.create_server((place, port), family=socket.AF_INET6 if ":" in place else socket.AF_INET, backlog=1024)
+            self.store = dist.TCPStore(place, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30),
+                                       master_listen_fd=listener.detach(), use_libuv=True)
+        except ConfigError as error:
+            raise EngineError(str(error)) from error
         except (RuntimeError, OSError) as error:
             raise EngineError(f"servers.store={address}: cannot be opened on this node ({error}); give an address of the trainer's rank 0 and a free "
                               "port, another one for each run") from error

@@ -60,6 +60,8 @@ class Result:
 @dataclass(frozen=True, kw_only=True)
 class Collected:
     results: tuple[Result, ...]
+    step_seconds: float | None
+    """Age of the decoding step under way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """One server: a vLLM with its door, registered with whichever trainer comes. Started by `megatron_antisd.serve`, several on a node maybe.
 
-Ends with code 0 when it is asked to (SIGTERM, a drain) or when no trainer came for `servers.start_seconds`; with 1 when the engine broke.
+Ends with code 0 when it is asked to (SIGTERM) or when no trainer came for `servers.start_seconds`; with 2 for a configuration that cannot run, with
+another one when the engine broke.
 """
 
 from __future__ import annotations
@@ -20,20 +21,19 @@ from megatron_antisd.compat.quiet import quiet_libraries
 from megatron_antisd.config import ConfigError, RunConfig, load_config
 from megatron_antisd.config.rollout_rules import routing_replay
 from megatron_antisd.rollout.engine import EngineError
+from megatron_antisd.rollout.servers.exit_codes import EXIT_CONFIGURATION
 from megatron_antisd.rollout.servers.http import build_app, serving
 from megatron_antisd.rollout.servers.loop import EngineLoop
 from megatron_antisd.rollout.servers.meeting import Registration, ServerRecord, read_essential, split_address
 from megatron_antisd.rollout.servers.messages import read_token, require_private
 from megatron_antisd.rollout.vllm_replica import VllmReplica, engine_arguments
 
-EXTENSION = "megatron_antisd.rollout.transfer.worker.WeightReceiver"
-"""What receives weights in each of vLLM's workers. By its name: the module is for processes that have vLLM."""
-
 _log = logging.getLogger(__name__)
 
 
-def serve(config: RunConfig) -> None:
-    """Until it is drained or has no trainer any more. Raises ConfigError or EngineError before it is registered, what the engine raises later."""
+def serve(config: RunConfig, parent: int) -> None:
+    """Until it is drained, has no trainer any more, or `parent` is not its parent any more. Raises ConfigError or EngineError before it is
+    registered, what the engine raises later."""
     token = read_token(config.servers)
     address = config.servers.address or address_towards(*split_address(config.servers.store))
     require_private(address, "servers.address")
@@ -42,7 +42,7 @@ def serve(config: RunConfig) -> None:
     identity = uuid.uuid4().hex
     loop = EngineLoop(replica, identity)
     _drain_on_signals(loop, config.servers.drain_seconds)
-    with contextlib.closing(replica), serving(build_app(loop, token, config.servers.drain_seconds), address) as port:
+    with contextlib.closing(replica), serving(build_app(loop, token), address) as port:
         record = ServerRecord(
             identity=identity, url=f"http://{f'[{address}]' if ':' in address else address}:{port}", dtype=config.model.dtype,
             tensor_parallel_size=config.rollout.tensor_parallel_size, expert_parallel=config.rollout.expert_parallel,
@@ -50,7 +50,7 @@ def serve(config: RunConfig) -> None:
             routes=replica.returns_routes)
         with contextlib.closing(Registration(config.servers.store, token, record, heartbeat=config.servers.heartbeat_seconds,
                                              patience=config.servers.start_seconds)) as registration:
-            _end_when_alone(loop, registration, config.servers.heartbeat_seconds)
+            _end_when_alone(loop, registration, config.servers.heartbeat_seconds, parent)
             _log.info("server %s is up and looks for the trainer at %s", record.url, config.servers.store)
             loop.run()
     _log.info("server %s has ended", record.url)
@@ -69,10 +69,9 @@ def address_towards(host: str, port: int) -> str:
 
 def _arguments(config: RunConfig) -> dict[str, object]:
     # The first weights come from the trainer; a run that is resumed has others than the files.
-    arguments = engine_arguments(
+    return engine_arguments(
         config.rollout, dtype=config.model.dtype, seed=config.run.seed, max_context=config.rollout.max_context, load_format="dummy",
         hf_overrides=None, routes=_wants_routes(config), executor="mp" if config.rollout.tensor_parallel_size > 1 else "uni")
-    return arguments | {"worker_extension_cls": EXTENSION}
 
 
 def _wants_routes(config: RunConfig) -> bool:
@@ -89,9 +88,8 @@ def _drain_on_signals(loop: EngineLoop, seconds: float) -> None:
         signal.signal(number, drain)
 
 
-def _end_when_alone(loop: EngineLoop, registration: Registration, heartbeat: float) -> None:
+def _end_when_alone(loop: EngineLoop, registration: Registration, heartbeat: float, parent: int) -> None:
     """Where there is no trainer for too long, or whoever started this process is gone."""
-    parent = os.getppid()
 
     def watch() -> None:
         while not registration.wait(heartbeat):
@@ -107,12 +105,16 @@ def _end_when_alone(loop: EngineLoop, registration: Registration, heartbeat: flo
 
 
 def main(arguments: Sequence[str]) -> None:
+    parent = os.getppid()  # before anything that takes long
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s server {os.getpid()}: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_antisd").setLevel(logging.INFO)
     try:
-        serve(load_config(arguments[0], arguments[1:]))
-    except (ConfigError, EngineError) as error:
+        serve(load_config(arguments[0], arguments[1:]), parent)
+    except ConfigError as error:
+        _log.error("%s", error)
+        sys.exit(EXIT_CONFIGURATION)
+    except EngineError as error:
         sys.exit(f"server: {error}")
 
 
