@@ -20,9 +20,7 @@ from megatron_antisd.records import Problem, Rollout, RolloutGroup
 from megatron_antisd.rollout.engine import Finished, Generation, Request, Sampling
 from megatron_antisd.rollout.groups import make_groups, make_requests
 from megatron_antisd.rollout.restarting import RestartingEngine
-
-Spans = tuple[tuple[int, int], ...]
-
+from megatron_antisd.rollout.servers.batch import Spans
 
 @dataclass(kw_only=True, eq=False)
 class _Drawn:

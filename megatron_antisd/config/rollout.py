@@ -121,15 +121,15 @@ class ServersConfig(Section):
     per_node: int | None = Field(None, ge=1)
     """Servers that the command starts on its node; None takes the node's GPUs / `rollout.tensor_parallel_size`, one on CPU."""
     token_file: str | None = None
-    """File with the secret that every call must carry; None takes the variable ANTISD_SERVER_TOKEN."""
+    """File with the secret that every call must carry, at least 16 characters; None takes the variable ANTISD_SERVER_TOKEN."""
     address: str | None = None
     """IP address that a server listens on; None takes the one that leads to the store. Must be a private one."""
     start_seconds: float = Field(900.0, gt=0)
     """How long the trainer waits for `count` servers, and a server for the store."""
     heartbeat_seconds: float = Field(2.0, gt=0)
-    """Between two signs of life of a server."""
+    """How often a server looks whether the trainer's store, and the command that started it, are there."""
     silence_seconds: float = Field(20.0, gt=0)
-    """A server without a sign of life for so long is given up; its requests go to the others."""
+    """A call that a server does not answer for so long, beyond what it may take, shows that it is gone; its requests go to the others."""
     request_seconds: float = Field(1800.0, gt=0)
     """A request that takes longer than this counts as a failure of its server."""
     drain_seconds: float = Field(120.0, gt=0)
