@@ -22,6 +22,7 @@ from megatron_antisd.rollout.groups import make_groups, make_requests
 from megatron_antisd.rollout.restarting import RestartingEngine
 from megatron_antisd.rollout.servers.batch import Spans
 
+
 @dataclass(kw_only=True, eq=False)
 class _Drawn:
     """The batch of one step."""

@@ -123,6 +123,7 @@ class Dispatcher:
         with self._changed:
             self._version = None
             links = [link for link in self._links.values() if link.usable]
+
         def stop(link: _Link) -> None:
             with link.sending:
                 pass  # a request that was being sent is there now, and no other one follows
