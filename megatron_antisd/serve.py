@@ -81,6 +81,8 @@ class Node:
     def _start(self, place: int, restarts: int = 0) -> _Child:
         # torch's store prints a page of C++ frames when the trainer ends, which is no fault.
         environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
+        if not self._devices:  # vLLM's CPU build wants a NUMA node for each engine rank, to bind it there
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if self._devices:
             mine = self._devices[place * self._each : (place + 1) * self._each]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
