@@ -39,9 +39,11 @@ class EngineWeights:
         if not names:
             return []
         expected, size, found = self._sender.expected(names, self._engine), self._engine.tensor_size, []
+        if len(checksums) != self._parts[2].world_size:
+            return [f"checksums of {len(checksums)} engine ranks, expected {self._parts[2].world_size}, one of each trainer rank"]
         for first in range(0, len(checksums), size):
             reports = [{"version": version, "checksums": sums} for sums in checksums[first : first + size]]
-            found += compare(expected, reports, version, first_rank=first)
+            found += compare(expected, reports, version, ranks=size, first_rank=first)
         return found
 
     @property

@@ -1,22 +1,28 @@
 """Who sends which bytes to whom in a weight sync: computed once, from where the weights stand on both sides.
 
 Every engine rank gets its own slices and nothing else, from ranks that hold them: itself if it is in a trainer's process, else one of its
-node, else any; those that hold the same share the sending, in turns. Parts are cut where vLLM's modules end, in the order of the
-layers, with pipeline stages by turns, so that all stages send at the same time.
+node, else any; those that hold the same share the sending, in turns. A part is bounded for each engine rank and for each sender, over all that it
+feeds. Modules that fit into a part come whole, larger ones tensor by tensor, larger tensors by rows. Pipeline stages send at the same time, block
+by block, for as many modules at once as `UNDER_WAY` allows.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_antisd.models.description import ModelDescription
 from megatron_antisd.models.weight_map import Entry
 from megatron_antisd.parallel.placement import EngineLayout, TrainerPlace, held_pieces, module_of, needed_box
 from megatron_antisd.wire.boxes import Box
 from megatron_antisd.wire.instructions import LOCAL, Incoming, IncomingPiece, IncomingTensor, Outgoing, OutgoingPiece, Source, aligned
+
+UNDER_WAY = 4
+"""Parts that the modules may take together of which an engine rank has some and not all: vLLM keeps what it got of them."""
+Costs = Counter[tuple[str, int]]
+"""Bytes of each place in a replica, ("place", number), and of each trainer rank that sends, ("rank", number), to all whom it feeds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +41,14 @@ class PlannedTensor:
     dtype: str
     itemsize: int
     needs: tuple[Box | None, ...]
-    """For each place in a replica."""
+    """For each place in a replica; None where it takes nothing, an empty box where all that it takes is padding."""
     holdings: tuple[Holding, ...]
-    number: int
-    """In the order of the plan."""
+    turn: int
+    """Among the tensors that the same ranks hold: whose turn it is to send."""
+    cut: tuple[Box | None, ...] | None = None
+    """Where this is some rows of a tensor: all that each place needs of it."""
+    last: bool = True
+    """Of the rows of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +72,27 @@ class SyncPlan:
         self._places = places
         self._nodes = [place.node for place in places][:engine_ranks] if inside else list(nodes) or [None] * engine_ranks
         self._turns: dict[tuple[tuple[int, ...], int], dict[int, tuple[tuple[int, ...], int]]] = {}
-        tensors = list(_planned_tensors(description, places, engine, dtypes))
-        self.parts = _cut_into_parts(tensors, engine.tensor_size, part_bytes)
-        self.tensors = {tensor.name: tensor for part in self.parts for tensor in part}
+        self._receivers: dict[tuple[tuple[int, ...], int], Counter[tuple[int, ...]]] = {}
+        stages = [list(stage) for stage in _planned_stages(description, places, engine, dtypes)]
+        self.tensors = {tensor.name: tensor for stage in stages for module in stage for tensor in module}
+        self.parts = self._parts(stages, part_bytes)
 
     def moves(self, part: int, engine_rank: int, only: int | None = None) -> Iterator[Move]:
         """Of one part to one engine rank, in the order in which they stand in messages. `only`: those that this trainer rank may send."""
-        place, own = engine_rank % self.engine.tensor_size, engine_rank if self.inside else None
         for tensor in self.parts[part]:
-            need = tensor.needs[place]
-            if need is None:
+            yield from self._moves(tensor, engine_rank, only)
+
+    def _moves(self, tensor: PlannedTensor, engine_rank: int, only: int | None = None) -> Iterator[Move]:
+        need, own = tensor.needs[engine_rank % self.engine.tensor_size], engine_rank if self.inside else None
+        if need is None:
+            return
+        for number, holding in enumerate(tensor.holdings):
+            if only is not None and only not in holding.ranks:
                 continue
-            for number, holding in enumerate(tensor.holdings):
-                if only is not None and only not in holding.ranks:
-                    continue
-                box = need.overlap(holding.box)
-                if box is not None:
-                    local = own in holding.ranks
-                    yield Move(tensor, box, holding, LOCAL if local else self._sender(holding.ranks, engine_rank, tensor.number + number))
+            box = need.overlap(holding.box)
+            if box is not None:
+                local = own in holding.ranks
+                yield Move(tensor, box, holding, LOCAL if local else self._sender(holding.ranks, engine_rank, tensor.turn + number))
 
     def outgoing(self, rank: int) -> list[tuple[Outgoing, ...]]:
         """What a trainer rank sends, part by part."""
@@ -89,6 +102,68 @@ class SyncPlan:
     def incoming(self, engine_rank: int) -> list[Incoming]:
         """What an engine rank receives, part by part."""
         return [self._incoming(part, engine_rank) for part in range(len(self.parts))]
+
+    # -- parts
+
+    def _parts(self, stages: Sequence[Sequence[list[PlannedTensor]]], part_bytes: int) -> list[list[PlannedTensor]]:
+        cut = [[(self._kept(module), self._blocks(module, part_bytes)) for module in stage] for stage in stages]
+        parts: list[list[PlannedTensor]] = []
+        filled = Costs()
+        for block in _by_turns(cut, UNDER_WAY * part_bytes):
+            costs = self._costs(block)
+            if not parts or any(filled[key] + value > part_bytes for key, value in costs.items()):
+                parts.append([])
+                filled = Costs()
+            parts[-1] += block
+            filled.update(costs)
+        return parts
+
+    def _blocks(self, module: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTensor]]:
+        """What never lies in two parts: the module, else its tensors, else rows of those."""
+        if max(self._costs(module).values()) <= part_bytes:
+            return [module]
+        return [[piece] for tensor in module for piece in self._by_rows(tensor, part_bytes)]
+
+    def _by_rows(self, tensor: PlannedTensor, part_bytes: int) -> list[PlannedTensor]:
+        """In as few powers of two as fit into parts; single rows where not even those do."""
+        most = max(need.rows for need in tensor.needs if need is not None)
+        count, pieces = 1, [tensor]
+        while count < most and any(max(self._costs([piece]).values()) > part_bytes for piece in pieces):
+            count = min(most, 2 * count)
+            pieces = [replace(tensor, turn=tensor.turn + number, cut=tensor.needs, last=number == count - 1,
+                              needs=tuple(need and need.band(number, count) for need in tensor.needs)) for number in range(count)]
+        return pieces
+
+    def _costs(self, tensors: Sequence[PlannedTensor]) -> Costs:
+        costs = Costs()
+        for tensor in tensors:
+            for place, need in enumerate(tensor.needs):
+                if need is None:
+                    continue
+                costs["place", place] += aligned(need.numel * tensor.itemsize)
+                for number, holding in enumerate(tensor.holdings):
+                    box = need.overlap(holding.box)
+                    for rank, messages in self._loads(holding.ranks, place, tensor.turn + number) if box is not None else ():
+                        costs["rank", rank] += aligned(box.numel * tensor.itemsize) * messages
+        return costs
+
+    def _kept(self, module: Sequence[PlannedTensor]) -> int:
+        """Bytes that an engine rank has of a module when it has all of it."""
+        return max(sum(need.numel * tensor.itemsize for tensor in module if (need := tensor.needs[place]) is not None)
+                   for place in range(self.engine.tensor_size))
+
+    # -- senders
+
+    def _loads(self, ranks: tuple[int, ...], place: int, number: int) -> Iterator[tuple[int, int]]:
+        """(rank, messages): how often `_sender` says each of `ranks` for the engine ranks of a place."""
+        key = (ranks, place)
+        if key not in self._receivers:
+            self._receivers[key] = Counter(near for engine_rank, (near, _) in self._rotation(*key).items()
+                                           if not (self.inside and engine_rank in ranks))
+        for near, receivers in self._receivers[key].items():
+            each, more = divmod(receivers, len(near))
+            for turn in range(len(near) if each else more):
+                yield near[(turn + number) % len(near)], each + (turn < more)
 
     def _sender(self, ranks: tuple[int, ...], engine_rank: int, number: int) -> int:
         """Of those that hold a piece, by turns: the first one for the first engine rank that needs it from others, and so on, beginning with another
@@ -124,15 +199,12 @@ class SyncPlan:
     def _incoming(self, part: int, engine_rank: int) -> Incoming:
         sizes: dict[int, int] = defaultdict(int)
         place, tensors = engine_rank % self.engine.tensor_size, []
-        moves: dict[int, list[Move]] = defaultdict(list)
-        for move in self.moves(part, engine_rank):
-            moves[move.tensor.number].append(move)
         for tensor in self.parts[part]:
             need = tensor.needs[place]
             if need is None:
                 continue
             pieces = []
-            for move in moves[tensor.number]:
+            for move in self._moves(tensor, engine_rank):
                 source, held, local = move.holding.source, move.holding.box, move.sender == LOCAL
                 where = Source(source.key, source.row + move.box.top - held.top, source.column + move.box.left - held.left)
                 pieces.append(IncomingPiece(move.box, move.sender, 0 if local else sizes[move.sender], where if local else None))
@@ -141,32 +213,42 @@ class SyncPlan:
             if sum(piece.box.numel for piece in pieces) != need.numel:
                 raise RuntimeError(f"{tensor.name}: the trainer's ranks hold {sum(p.box.numel for p in pieces)} elements of the {need} that "
                                    f"engine rank {engine_rank} needs")
-            tensors.append(IncomingTensor(tensor.name, tensor.shape, tensor.dtype, need, tuple(pieces)))  # with no piece where all is padding
-        return Incoming(tuple(tensors), dict(sizes))
+            whole = need if tensor.cut is None else tensor.cut[place] or need
+            tensors.append(IncomingTensor(tensor.name, tensor.shape, tensor.dtype, whole, tuple(pieces), last=tensor.last))
+        return Incoming(tuple(tensors), dict(sizes))  # a tensor has no piece where all is padding
 
 
-def _planned_tensors(description: ModelDescription, places: Sequence[TrainerPlace], engine: EngineLayout,
-                     dtypes: Mapping[str, tuple[str, int]]) -> Iterator[PlannedTensor]:
+def _planned_stages(description: ModelDescription, places: Sequence[TrainerPlace], engine: EngineLayout,
+                    dtypes: Mapping[str, tuple[str, int]]) -> Iterator[Iterator[list[PlannedTensor]]]:
+    """The modules of each pipeline stage."""
     holders = _holders(places, description.experts)
-    number = 0
-    for entry in _stages_by_turns(description, places):
-        shards: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for rank in holders[entry.weight.megatron, entry.layer, _expert_block(entry, places[0], description.experts)]:
-            shards[places[rank].divided(entry.weight)].append(rank)
-        held: dict[str, list[Holding]] = defaultdict(list)
-        key = (entry.weight.megatron, entry.layer, entry.expert)
-        for (rank, size), ranks in sorted(shards.items()):
-            for name, pieces in held_pieces(entry, rank, size, description):
-                held[name] += [Holding(box=p.box, source=Source(key, p.row, p.column), ranks=tuple(ranks)) for p in pieces]
-        dtype, itemsize = dtypes[entry.weight.megatron]
-        for name, shape in entry.huggingface.items():
-            holdings = held[name]
-            if holdings and all(h.box == holdings[0].box for h in holdings):  # replicated: every shard is all of it
-                holdings = [Holding(box=holdings[0].box, source=holdings[0].source, ranks=tuple(sorted(r for h in holdings for r in h.ranks)))]
-            yield PlannedTensor(
-                name=name, shape=tuple(shape), dtype=dtype, itemsize=itemsize, holdings=tuple(holdings), number=number,
-                needs=tuple(needed_box(entry, name, place, engine, description) for place in range(engine.tensor_size)))
-            number += 1
+    turns: Counter[tuple[int, ...]] = Counter()
+    for stage in _stages(description, places):
+        yield ([tensor for entry in module for tensor in _planned_tensors(description, places, engine, dtypes, holders, entry, turns)]
+               for module in stage)
+
+
+def _planned_tensors(description: ModelDescription, places: Sequence[TrainerPlace], engine: EngineLayout, dtypes: Mapping[str, tuple[str, int]],
+                     holders: Mapping[tuple[str, int | None, int | None], list[int]], entry: Entry,
+                     turns: Counter[tuple[int, ...]]) -> Iterator[PlannedTensor]:
+    shards: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for rank in holders[entry.weight.megatron, entry.layer, _expert_block(entry, places[0], description.experts)]:
+        shards[places[rank].divided(entry.weight)].append(rank)
+    held: dict[str, list[Holding]] = defaultdict(list)
+    key = (entry.weight.megatron, entry.layer, entry.expert)
+    for (rank, size), ranks in sorted(shards.items()):
+        for name, pieces in held_pieces(entry, rank, size, description):
+            held[name] += [Holding(box=p.box, source=Source(key, p.row, p.column), ranks=tuple(ranks)) for p in pieces]
+    dtype, itemsize = dtypes[entry.weight.megatron]
+    for name, shape in entry.huggingface.items():
+        holdings = held[name]
+        if holdings and all(h.box == holdings[0].box for h in holdings):  # replicated: every shard is all of it
+            holdings = [Holding(box=holdings[0].box, source=holdings[0].source, ranks=tuple(sorted(r for h in holdings for r in h.ranks)))]
+        owners = holdings[0].ranks if holdings else ()
+        yield PlannedTensor(
+            name=name, shape=tuple(shape), dtype=dtype, itemsize=itemsize, holdings=tuple(holdings), turn=turns[owners],
+            needs=tuple(needed_box(entry, name, place, engine, description) for place in range(engine.tensor_size)))
+        turns[owners] += 1
 
 
 def _holders(places: Sequence[TrainerPlace], experts: int | None) -> Mapping[tuple[str, int | None, int | None], list[int]]:
@@ -182,8 +264,8 @@ def _expert_block(entry: Entry, place: TrainerPlace, experts: int | None) -> int
     return None if entry.expert is None else entry.expert // ((experts or 1) // place.expert_size)
 
 
-def _stages_by_turns(description: ModelDescription, places: Sequence[TrainerPlace]) -> Iterator[Entry]:
-    """Every parameter, module by module: the first module of each stage, the second of each, and so on."""
+def _stages(description: ModelDescription, places: Sequence[TrainerPlace]) -> list[list[list[Entry]]]:
+    """The parameters of each pipeline stage, module by module in the order of the layers."""
     stage_of: dict[tuple[str, int | None], int] = {}
     for place in places:
         for key in place.held:
@@ -195,36 +277,28 @@ def _stages_by_turns(description: ModelDescription, places: Sequence[TrainerPlac
             share = (description.experts or 1) // places[0].expert_size
             entries.sort(key=lambda entry: ((entry.expert or 0) % share, (entry.expert or 0) // share))
         stages[stage_of[entries[0].weight.megatron, entries[0].layer]].append(entries)
-    for turn in itertools.zip_longest(*(stages[stage] for stage in sorted(stages)), fillvalue=()):
-        for module_entries in turn:
-            yield from module_entries
+    return [stages[stage] for stage in sorted(stages)]
 
 
-def _cut_into_parts(tensors: Sequence[PlannedTensor], engine_size: int, part_bytes: int) -> list[list[PlannedTensor]]:
-    """Up to `part_bytes` for each engine rank, whole modules where they fit, else tensor by tensor."""
-    parts: list[list[PlannedTensor]] = []
-    filled = [0] * engine_size
-
-    def cost(tensor: PlannedTensor) -> list[int]:
-        return [0 if need is None else aligned(need.numel * tensor.itemsize) for need in tensor.needs]
-
-    def room(extra: Sequence[int]) -> bool:
-        return bool(parts) and all(a + b <= part_bytes for a, b in zip(filled, extra, strict=True))
-
-    for _, group in itertools.groupby(tensors, key=_module):
-        module = list(group)
-        together = [sum(column) for column in zip(*(cost(tensor) for tensor in module), strict=True)]
-        blocks = [module] if max(together) <= part_bytes else [[tensor] for tensor in module]
-        for number, block in enumerate(blocks):
-            extra = [sum(column) for column in zip(*(cost(tensor) for tensor in block), strict=True)]
-            if not room(extra) or (len(blocks) > 1 and number == 0):
-                parts.append([])
-                filled = [0] * engine_size
-            parts[-1] += block
-            filled = [a + b for a, b in zip(filled, extra, strict=True)]
-    return parts
-
-
-def _module(tensor: PlannedTensor) -> tuple[int | None, str]:
-    name, layer, expert = tensor.holdings[0].source.key
-    return layer, "experts" if expert is not None else name
+def _by_turns(stages: Sequence[Sequence[tuple[int, list[list[PlannedTensor]]]]], room: int) -> Iterator[list[PlannedTensor]]:
+    """A block of each stage, the next one of each, and so on. `stages`: for each module the bytes that an engine rank keeps of it until it is
+    complete, and its blocks. A stage waits while the modules of several blocks that are under way leave no room for another one."""
+    left = [list(reversed(stage)) for stage in stages]
+    begun: dict[int, list[list[PlannedTensor]]] = {}
+    kept: dict[int, int] = {}
+    while begun or any(left):
+        for stage, modules in enumerate(left):
+            if stage not in begun:
+                if not modules:
+                    continue
+                size, blocks = modules[-1]
+                if len(blocks) > 1 and kept and sum(kept.values()) + size > room:
+                    continue
+                modules.pop()
+                begun[stage] = blocks[::-1]
+                if len(blocks) > 1:
+                    kept[stage] = size
+            yield begun[stage].pop()
+            if not begun[stage]:
+                del begun[stage]
+                kept.pop(stage, None)

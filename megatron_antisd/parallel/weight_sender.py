@@ -31,6 +31,8 @@ from megatron_antisd.wire.exchange import Script, run
 from megatron_antisd.wire.instructions import Incoming, Key, Outgoing, digest, incoming_to_json
 from megatron_antisd.wire.transports import Meeting, TrainerGroup, TransferError, members, open_transport
 
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: multiples of it, of any stride, lie evenly modulo 2^64."""
 Checksums = dict[str, dict[int, int]]
 """Tensor -> place in a replica -> checksum of what that rank needs of it."""
 PARTS_OF_A_BUCKET = 4
@@ -119,20 +121,22 @@ class WeightSender:
                         mine.append((name, place, box_checksum(matrix[row : row + box.rows, column : column + box.columns], box, columns)))
         everyone: list[Any] = [None] * self._layout.world_size
         dist.all_gather_object(everyone, mine)
-        sums: dict[str, dict[int, int]] = {name: defaultdict(int) for name in names}
+        sums = {name: {place: 0 for place, need in enumerate(tensors[name].needs) if need is not None} for name in names}  # 0: padding alone
         for name, place, value in (row for rows in everyone for row in rows):
             sums[name][place] = add(sums[name][place], value)
         return {name: dict(places) for name, places in sums.items()}
 
     def sample(self, number: int, count: int) -> list[str]:
-        """`count` tensors for the checksums of sync `number`: every kind of tensor by turns, and of each kind another layer or expert each time.
-        Not collective."""
+        """`count` tensors for the checksums of sync `number`: every kind of tensor by turns, beginning at a place that numbers of any stride spread
+        over all of them. Not collective."""
         kinds: dict[str, list[str]] = defaultdict(list)
         for entry in self._description.entries():
             for template, name in zip(entry.weight.huggingface, entry.huggingface, strict=True):
                 kinds[template].append(name)
         order = list(kinds.values())
-        turns = range(number * count, number * count + min(count, sum(map(len, order))))
+        period = len(order) * max(map(len, order))
+        first = ((number * GOLDEN) % (1 << 64)) * period >> 64  # numbers may be multiples of anything: policy versions are
+        turns = range(first, first + min(count, sum(map(len, order))))
         return list(dict.fromkeys(order[turn % len(order)][turn // len(order) % len(order[turn % len(order)])] for turn in turns))
 
     def prepare(self, receivers: Sequence[ReceiverSpec], *, sync_id: str, version: int, store: dist.Store, address: str,
@@ -225,14 +229,17 @@ class ServerSync:
         for receiver in self._receivers:
             if receiver.name in reports:
                 expected = self._sender.expected(self._names, receiver.engine)
-                problems = compare(expected, reports[receiver.name], self.specs[receiver.name]["version"])
+                problems = compare(expected, reports[receiver.name], self.specs[receiver.name]["version"],
+                                   ranks=receiver.tensor_parallel_size)
                 if problems:
                     found[receiver.name] = problems
         return found
 
 
-def compare(expected: Checksums, reports: Sequence[Mapping[str, Any]], version: int, *, first_rank: int = 0) -> list[str]:
-    """What differs between the trainer's checksums and those of a replica's ranks, in order of their places."""
+def compare(expected: Checksums, reports: Sequence[Mapping[str, Any]], version: int, *, ranks: int, first_rank: int = 0) -> list[str]:
+    """What differs between the trainer's checksums and those of a replica's `ranks` ranks, in order of their places."""
+    if len(reports) != ranks:
+        return [f"{len(reports)} reports of the engine ranks from {first_rank} on, expected {ranks}, one of each"]
     problems = []
     for place, report in enumerate(reports):
         if report.get("error"):

@@ -16,6 +16,8 @@ from megatron_antisd.records import ScoringView, TokenScores
 from megatron_antisd.rollout.engine import Engine, EngineError, Request, Sampling
 
 PROBE_TOKENS = 8
+SEEDS_A_VERSION = 1 << 12
+"""Other samples, and other experts, after each update; the same after a restart."""
 SHOWN_PROBLEMS = 6
 """Of tensors whose checksums differ, in the message."""
 LONGER_THAN_A_BLOCK = 160
@@ -49,7 +51,8 @@ class SyncProbe:
 
     def __call__(self, engine: Engine) -> ProbeResult:
         """Sample and compare; collective. Raises EngineError beyond the limit."""
-        requests = [Request(prompt_ids=self._prompt, seed=i, place=i) for i in range(max(self._requests, engine.replicas))]
+        requests = [Request(prompt_ids=self._prompt, seed=engine.policy_version * SEEDS_A_VERSION + i, place=i)
+                    for i in range(max(self._requests, engine.replicas))]
         generations = engine.generate(requests, self._sampling)
         views = [ScoringView(prompt_ids=r.prompt_ids, response_ids=g.response_ids, routes=g.routes)
                  for r, g in zip(requests, generations, strict=True)]

@@ -138,6 +138,9 @@ class VllmReplica:
         except Exception as exception:
             failure = exception
         reader.drain()  # the stream is collective: leaving it early would leave the other ranks waiting in it
+        if reader.failure is not None:
+            raise EngineFailure(f"the weight stream broke off after {len(reader.names)} tensors: {type(reader.failure).__name__}: "
+                                f"{reader.failure}") from reader.failure
         self._check_names(reader.names)  # the plainer message where names are the reason
         if failure is not None:
             raise failure
@@ -203,20 +206,30 @@ class VllmReplica:
 
 
 class _Reader:
-    """Counts the names of a stream while it is read; `drain` reads what is left."""
+    """Counts the names of a stream while it is read; `drain` reads what is left. `failure`: what the stream itself raised; it has then ended."""
 
     def __init__(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.names: Counter[str] = Counter()
+        self.failure: Exception | None = None
         self._stream = iter(stream)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._stream:
+        while True:
+            try:
+                name, tensor = next(self._stream)
+            except StopIteration:
+                return
+            except Exception as error:
+                self.failure = error
+                raise
             self.names[name] += 1
             yield name, tensor
 
     def drain(self) -> None:
-        for _ in self:
-            pass
+        if self.failure is None:
+            with contextlib.suppress(Exception):  # remembered as `failure`
+                for _ in self:
+                    pass
 
 
 def engine_arguments(

@@ -44,6 +44,10 @@ class Box:
     def holds(self, other: Box) -> bool:
         return self.top <= other.top and other.bottom <= self.bottom and self.left <= other.left and other.right <= self.right
 
+    def band(self, number: int, count: int) -> Box:
+        """Band `number` of `count` that its rows are cut into."""
+        return Box(self.top + self.rows * number // count, self.top + self.rows * (number + 1) // count, self.left, self.right)
+
     def cut(self, matrix: torch.Tensor, inner: Box) -> torch.Tensor:
         """View of `inner`'s elements in `matrix`, which has this box's."""
         return matrix[inner.top - self.top : inner.bottom - self.top, inner.left - self.left : inner.right - self.left]

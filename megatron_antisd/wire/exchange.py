@@ -1,5 +1,5 @@
 """Runs a transfer's parts: the next one is on its way while this one is used. What a rank holds beside its own weights are two parts that it
-receives and one that it sends."""
+receives, one that it sends, and tensors of which some rows are here and others come later."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Script:
     """This rank's own, for what it sends or keeps."""
     device: torch.device
     timeout: float
+    """Seconds for one part."""
 
 
 class _Flight:
@@ -37,17 +38,20 @@ class _Flight:
 def run(script: Script, transport: Transport) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of what this rank receives, a HeldPart where that is not the whole tensor. Read it to its end: others wait for what this rank
     sends meanwhile. Tensors stay as they are for as long as they are referred to. Raises TransferError."""
+    unfinished: dict[str, torch.Tensor] = {}
     flight = _start(script, transport, 0)
     for number in range(script.parts):
-        following = _start(script, transport, number + 1) if number + 1 < script.parts else None
         try:
             flight.pending.wait(script.timeout)
         except TransferError as error:
             raise TransferError(f"part {number + 1} of {script.parts}: {error}") from error
-        flight.sent.clear()
+        flight.sent.clear()  # before the next part is packed: one part that is sent at a time
+        following = _start(script, transport, number + 1) if number + 1 < script.parts else None
         if script.incoming:
             for tensor in script.incoming[number].tensors:
-                yield tensor.name, _assemble(script, tensor, flight.received)
+                matrix = _assemble(script, tensor, flight.received, unfinished)
+                if tensor.last:
+                    yield tensor.name, _as_tensor(tensor, matrix)
         flight = following
 
 
@@ -68,20 +72,26 @@ def _pack(script: Script, message: Outgoing) -> torch.Tensor:
     return flat
 
 
-def _assemble(script: Script, tensor: IncomingTensor, received: dict[int, torch.Tensor]) -> torch.Tensor:
-    """The tensor's box, as a view of the message where one piece is all of it."""
+def _assemble(script: Script, tensor: IncomingTensor, received: dict[int, torch.Tensor], unfinished: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tensor's box, as a view of the message where one piece is all of it. Of a tensor whose rows come in several parts what there is so far,
+    which `unfinished` keeps until its last part."""
     dtype = getattr(torch, tensor.dtype)
     pieces = [(piece.box, _cut(script, piece.source, piece.box.rows, piece.box.columns) if piece.sender == LOCAL and piece.source is not None
                else _typed(received[piece.sender], piece.offset, dtype, piece.box.rows, piece.box.columns)) for piece in tensor.pieces]
-    if len(pieces) == 1:
-        matrix = pieces[0][1]
-    else:
+    if len(pieces) == 1 and pieces[0][0] == tensor.box:
+        return pieces[0][1]
+    matrix = unfinished.pop(tensor.name, None)
+    if matrix is None:
         matrix = torch.empty(tensor.box.rows, tensor.box.columns, dtype=dtype, device=script.device)
-        for box, values in pieces:
-            tensor.box.cut(matrix, box).copy_(values)
-    if tensor.box != Box.whole(tensor.shape):
-        return HeldPart(matrix, tensor.box, tensor.shape)
-    return matrix.reshape(tensor.shape)
+    for box, values in pieces:
+        tensor.box.cut(matrix, box).copy_(values)
+    if not tensor.last:
+        unfinished[tensor.name] = matrix
+    return matrix
+
+
+def _as_tensor(tensor: IncomingTensor, matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.reshape(tensor.shape) if tensor.box == Box.whole(tensor.shape) else HeldPart(matrix, tensor.box, tensor.shape)
 
 
 def _cut(script: Script, source: Source, rows: int, columns: int) -> torch.Tensor:

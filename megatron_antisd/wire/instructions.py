@@ -76,6 +76,8 @@ class IncomingTensor:
     box: Box
     """What is needed of it."""
     pieces: tuple[IncomingPiece, ...]
+    last: bool = True
+    """False: further rows of the box come in later parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ def incoming_to_json(parts: Sequence[Incoming]) -> str:
     """Without local pieces: those are for a receiver in the sender's own process, which needs no letter."""
     return json.dumps([
         {"sizes": list(part.sizes.items()),
-         "tensors": [[t.name, t.shape, t.dtype, _numbers(t.box), [[_numbers(p.box), p.sender, p.offset] for p in t.pieces]] for t in part.tensors]}
+         "tensors": [[t.name, t.shape, t.dtype, _numbers(t.box), [[_numbers(p.box), p.sender, p.offset] for p in t.pieces], t.last]
+                     for t in part.tensors]}
         for part in parts], separators=(",", ":"))
 
 
@@ -106,8 +109,8 @@ def digest(text: str) -> str:
 
 
 def _tensor(row: list[Any]) -> IncomingTensor:
-    name, shape, dtype, box, pieces = row
-    return IncomingTensor(name, tuple(shape), dtype, Box(*box), tuple(IncomingPiece(Box(*b), sender, offset) for b, sender, offset in pieces))
+    name, shape, dtype, box, pieces, last = row
+    return IncomingTensor(name, tuple(shape), dtype, Box(*box), tuple(IncomingPiece(Box(*b), sender, offset) for b, sender, offset in pieces), last)
 
 
 def _numbers(box: Box) -> list[int]:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import mmap
 import os
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -188,6 +189,8 @@ class _Notes(Pending):
         for peer, key in self._sent:
             self._await(f"{key}/copied", end, timeout, f"{meeting.members[peer]} did not take its message")
             transport.give_back(transport._lent.pop(key))
+            for done in (key, f"{key}/copied"):
+                meeting.store.delete_key(done)
 
     def _await(self, key: str, end: float, timeout: float, what: str) -> None:
         meeting = self._transport._meeting
@@ -210,8 +213,8 @@ class SharedMemoryTransport(_ThroughStore):
 
     def lend(self, key: str, tensor: torch.Tensor) -> tuple[bytes, Any]:
         """See _ThroughStore."""
-        path = SHARED_MEMORY / f"megatron_antisd-{os.getpid()}-{id(self)}-{key.replace('/', '-')}"
-        with path.open("x+b") as file:
+        path = SHARED_MEMORY / f"megatron_antisd-{secrets.token_hex(16)}"
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b") as file:
             file.truncate(max(1, tensor.numel()))
             with contextlib.closing(mmap.mmap(file.fileno(), 0)) as memory:
                 memory[: tensor.numel()] = memoryview(tensor.numpy())
@@ -221,12 +224,15 @@ class SharedMemoryTransport(_ThroughStore):
         """See _ThroughStore."""
         try:
             with Path(note.decode()).open("rb", buffering=0) as file:
-                got = file.readinto(memoryview(into.numpy()))
+                Path(note.decode()).unlink()  # whoever has it open keeps it
+                rest = memoryview(into.numpy())
+                while rest and (count := file.readinto(rest)):  # one call returns at most 2 GiB
+                    rest = rest[count:]
         except OSError as error:
             raise TransferError(f"{_me(self._meeting)}: {note.decode()} cannot be read ({error}): sync.transport=shared_memory needs trainer and "
                                 "engine on one node, and in one container") from error
-        if got != into.numel():
-            raise TransferError(f"{_me(self._meeting)}: {note.decode()} holds {got} bytes, expected {into.numel()}")
+        if len(rest):
+            raise TransferError(f"{_me(self._meeting)}: {note.decode()} holds {into.numel() - len(rest)} bytes, expected {into.numel()}")
 
     def give_back(self, lent: Any) -> None:
         """See _ThroughStore."""
@@ -286,7 +292,7 @@ def members(senders: Sequence[int], server: str, engine_size: int) -> tuple[str,
 
 def _plain(error: RuntimeError) -> str:
     """Its first sentence; gloo adds advice and where in its source it was."""
-    return str(error).splitlines()[0].partition(". This is")[0].rpartition(".cc:")[2].rpartition("] ")[2]
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(". This is")[0].rpartition(".cc:")[2].rpartition("] ")[2]
 
 
 def _me(meeting: Meeting) -> str:
