@@ -44,7 +44,8 @@ class TeacherScores:
     views: tuple[PrivilegedView, ...] = ()
     """Of every rollout; empty where no teacher was asked for."""
     empty_context: torch.Tensor | None = None
-    """[tokens of the first rollouts] log-probs without privileged context, until the noise floor is known: the teacher is then the student."""
+    """[tokens of the first rollouts of `first_part`] log-probs without privileged context, until the noise floor is known: the teacher is then the
+    student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +114,32 @@ def no_teacher(lengths: Sequence[int]) -> TeacherScores:
     return TeacherScores(log_prob=torch.full((total,), float("nan")), mask=torch.zeros(total, dtype=torch.bool), entropy_median=None, missing=None)
 
 
+def _parts(groups: Sequence[RolloutGroup], settings: AlgorithmConfig) -> list[Sequence[RolloutGroup]]:
+    """The groups of each update."""
+    size = len(groups) // settings.updates_per_batch
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
+
+
+def _in_loss(group: RolloutGroup, rewards: torch.Tensor, settings: AlgorithmConfig, overlong: Overlong) -> list[bool]:
+    """Of each rollout; `rewards`: those that A_seq is formed from."""
+    dropped = settings.zero_variance == "drop" and bool((rewards == rewards[0]).all())
+    return [not dropped and overlong.keeps(rollout) for rollout in group.rollouts]
+
+
+def first_part(groups: Sequence[RolloutGroup], settings: AlgorithmConfig, overlong: Overlong) -> Sequence[RolloutGroup]:
+    """The groups of the first of the batches that `make_batches` makes of these; empty where it makes none."""
+    return next((part for part in _parts(groups, settings)
+                 if any(any(_in_loss(group, overlong.rewards(group), settings, overlong)) for group in part)), ())
+
+
 def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: TokenScores | None, lambda_: float, settings: AlgorithmConfig,
                  *, overlong: Overlong | None = None, log_ratio: torch.Tensor | None = None) -> list[TrainingBatch]:
     """One batch per update (`algorithm.updates_per_batch`), groups kept whole. A part in which nothing is left to learn from
     (all its rollouts dropped or masked) is left out. `log_ratio` [T]: see TrainingBatch.correction_log_ratio."""
     overlong = overlong or Overlong()
-    size = len(groups) // settings.updates_per_batch
     batches = []
     first_token = 0
-    for start in range(0, len(groups), size):
-        part = groups[start : start + size]
+    for part in _parts(groups, settings):
         views = student_views(part)
         lengths = [len(view.response_ids) for view in views]
         tokens = slice(first_token, first_token + sum(lengths))
@@ -130,8 +147,7 @@ def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: To
         for group in part:
             rewards = overlong.rewards(group)
             advantages.append(group_advantage(rewards, std=settings.std).float())
-            dropped = settings.zero_variance == "drop" and bool((rewards == rewards[0]).all())
-            keep += [not dropped and overlong.keeps(rollout) for rollout in group.rollouts]
+            keep += _in_loss(group, rewards, settings, overlong)
         if any(keep):
             batches.append(TrainingBatch(
                 views=views, sequence_advantage=torch.cat(advantages), sequence_mask=torch.tensor(keep),
@@ -140,7 +156,7 @@ def make_batches(groups: Sequence[RolloutGroup], teacher: TeacherScores, old: To
                 engine_log_prob=torch.tensor([p for group in part for r in group.rollouts for p in r.engine_log_probs]),
                 lambda_=lambda_, tokens=sum(n for n, kept in zip(lengths, keep, strict=True) if kept),
                 correction_log_ratio=None if log_ratio is None else log_ratio[tokens],
-                empty_context_log_prob=None if start or teacher.empty_context is None else teacher.empty_context[: tokens.stop]))
+                empty_context_log_prob=None if batches else teacher.empty_context))
         first_token = tokens.stop
     return batches
 

@@ -122,7 +122,7 @@ def _check_config(run: Run, newest: Path) -> list[str]:
         path = next((path for path in (newest / RUN_CONFIG, run.config.directory / CONFIG) if path.is_file()), None)
         return {} if path is None else yaml.safe_load(path.read_text())
 
-    return check_changes(on_main(run.trainer.layout, read), run.config, newest.name)
+    return check_changes(on_main(run.trainer.layout, read), run.config, newest.name, moe=run.trainer.description.experts is not None)
 
 
 def _restore_run_files(run: Run, state: dict[str, Any]) -> None:

@@ -57,13 +57,14 @@ class RoutingReplay:
     """With `scoring`: the pass that recorded the experts, which is also the student's scoring pass."""
     _sample: _Sample | None = None
 
-    def prepare(self, groups: Sequence[RolloutGroup], step: int, score: Score) -> tuple[RolloutGroup, ...]:
-        """The rollouts with the experts that the update is to use. Collective. Raises MissingRoutes, and what `score` raises."""
+    def prepare(self, groups: Sequence[RolloutGroup], step: int, score: Score, version: int) -> tuple[RolloutGroup, ...]:
+        """The rollouts with the experts that the update is to use; `version`: of the policy that it trains. Collective. Raises MissingRoutes, and
+        what `score` raises."""
         self.student, self._sample = None, None
         if self.replay == "engine":
             self._require_routes(groups)
             if (step - 1) % self.config.routing.sample_every == 0:
-                self._measure(groups, score)
+                self._measure(groups, score, version)
         if self.replay == "scoring":
             self.student = score([_view(r) for group in groups for r in group.rollouts], record_routes=True)
             routes = iter(self.student.routes)
@@ -78,11 +79,16 @@ class RoutingReplay:
                 f"{len(missing)} rollouts have no routes, first rollout {missing[0].index} of problem {missing[0].problem_id!r}: the engine returned "
                 "none, or they were saved by a run that had none (debug.load_rollouts). Set routing.replay=off, or scoring")
 
-    def _measure(self, groups: Sequence[RolloutGroup], score: Score) -> None:
-        """Score some rollouts, spread over the batch, as without a replay."""
+    def _measure(self, groups: Sequence[RolloutGroup], score: Score, version: int) -> None:
+        """Score some rollouts, spread over the batch, as without a replay. Drawn ahead, only such as the present weights drew throughout, if any: the
+        difference of others is the policy's own motion, too."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        count = min(self.config.routing.sample_rollouts, len(rollouts))
-        chosen = [len(rollouts) * i // count for i in range(count)]
+        fresh = [i for i, rollout in enumerate(rollouts)
+                 if not self.config.asynchrony.max_staleness or all(of == version for of, _ in rollout.spans)]
+        if not fresh:
+            return
+        count = min(self.config.routing.sample_rollouts, len(fresh))
+        chosen = [fresh[len(fresh) * i // count] for i in range(count)]
         first = torch.tensor([0, *(len(r.response_ids) for r in rollouts)]).cumsum(0)
         engine = torch.tensor([p for i in chosen for p in rollouts[i].engine_log_probs])
         self._sample = _Sample(tokens=torch.cat([torch.arange(first[i], first[i + 1]) for i in chosen]), engine=engine,

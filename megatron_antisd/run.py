@@ -223,7 +223,7 @@ def build_run(config: RunConfig) -> Run:
             evaluator=evaluator, sampling=sampling,
             ahead=None if config.asynchrony.max_staleness == 0 else Ahead(
                 config, engine=engine, sampler=sampler, prompts=inputs.prompts, sampling=sampling, decode=evaluator.decode, is_main=main),
-            routing=RoutingReplay(config=config, replay=replay), probe=probe, progress=Progress(), 
+            routing=RoutingReplay(config=config, replay=replay), probe=probe, progress=Progress(),
             health=HealthMonitor(config.health, on_policy=config.asynchrony.max_staleness == 0),
             writer=CheckpointWriter(config.directory / CHECKPOINTS, trainer), supervisor=supervisor,
             journal=Journal(config.directory, is_writer=main), lock=lock, is_main=main, watch=_build_watch(config, inputs) if main else None)

@@ -54,7 +54,7 @@ def grade(run: Run, groups: Sequence[RolloutGroup], grading: EarlyGrading | Sett
 def route(run: Run, graded: GradedGroups, step: int) -> GradedGroups:
     """The rollouts with the experts that the update will use (`routing.replay`)."""
     try:
-        return dataclasses.replace(graded, groups=run.routing.prepare(graded.groups, step, run.trainer.score))
+        return dataclasses.replace(graded, groups=run.routing.prepare(graded.groups, step, run.trainer.score, run.engine.policy_version))
     except NonFiniteScores as error:
         run.incidents.append(run.health.of_scores(step, error, whose="student"))
         return graded
@@ -79,8 +79,10 @@ def score_teacher(run: Run, groups: Sequence[RolloutGroup], step: int) -> batchi
 
 
 def _with_empty_context(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherScores) -> batching.TeacherScores:
-    """Until the noise floor is known: the teacher without privileged context, which is the student."""
-    first = noise_floor.first_rollouts(run.config, groups)
+    """Until the noise floor is known: the teacher without privileged context, which is the student. Of the first update that will be made."""
+    first = noise_floor.first_rollouts(run.config, batching.first_part(groups, run.config.algorithm, batching.Overlong.of(run.config)))
+    if not first:
+        return teacher
     views = noise_floor.empty_context_views(run.routing, first, run.engine.generate)
     return dataclasses.replace(teacher, empty_context=run.trainer.score(views).log_prob)
 

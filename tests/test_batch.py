@@ -112,7 +112,19 @@ def test_a_part_without_anything_to_learn_is_left_out(groups: list[RolloutGroup]
     old = scores_of(lengths_of(groups)).log_prob
     start = sum(lengths_of(groups[:2]))
     assert torch.equal(last.old_log_prob, old[start : start + sum(last.lengths)]), "the tokens of the part left out are passed over"
-    assert batching.make_batches([groups[1], groups[3]], teacher_of([groups[1], groups[3]]), None, 0.0, AlgorithmConfig(zero_variance="drop")) == []
+    flat, drop = [groups[1], groups[3]], AlgorithmConfig(zero_variance="drop")
+    assert batching.make_batches(flat, teacher_of(flat), None, 0.0, drop) == []
+    assert batching.first_part(flat, drop, batching.Overlong()) == ()
+
+
+def test_the_noise_floor_is_taken_on_the_first_part_that_is_kept(groups: list[RolloutGroup]) -> None:
+    settings, order = AlgorithmConfig(updates_per_batch=4, zero_variance="drop"), [groups[1], groups[0], groups[2], groups[3]]
+    assert batching.first_part(order, settings, batching.Overlong()) == [groups[0]]
+    empty = torch.zeros(sum(lengths_of([groups[0]])))
+    first, second = batching.make_batches(order, replace(teacher_of(order), empty_context=empty), scores_of(lengths_of(order)), 0.5, settings)
+    assert first.empty_context_log_prob is empty and len(empty) == sum(first.lengths) and second.empty_context_log_prob is None
+    assert batching.first_part(groups, AlgorithmConfig(updates_per_batch=2), batching.Overlong()) == groups[:2]
+    assert batching.first_part([groups[3]], AlgorithmConfig(), batching.Overlong(mode="mask")) == [groups[3]], "one response is in the loss"
 
 
 def test_overlong_responses_are_masked_or_pay(groups: list[RolloutGroup]) -> None:

@@ -457,6 +457,12 @@ def test_oversampling_rounds_up_and_not_beyond(wanted: int, oversample: float, d
 
 @pytest.mark.parametrize(("sections", "words"), [
     ({"correction": {"mode": "off", "level": "sequence"}}, "correction.level=sequence has no effect with correction.mode=off"),
+    ({"correction": {"mode": "off", "upper": 3.0}}, "correction.upper=3.0 has no effect with correction.mode=off"),
+    ({"correction": {"lower": 0.4}, "model": {"path": "m", "dtype": "float32"}}, "correction.lower=0.4 has no effect with correction.mode=auto"),
+    ({"correction": {"mode": "truncate", "lower": 0.4}}, "correction.lower=0.4 has no effect where correction.mode comes to truncate"),
+    ({"tails": {"dynamic_rounds": 2}}, "tails.dynamic_rounds=2 has no effect with tails.dynamic_sampling=false"),
+    ({"tails": {"overlong": "mask", "overlong_buffer": 8}}, "tails.overlong_buffer=8 has no effect with tails.overlong=mask"),
+    ({"tails": {"overlong_penalty": 0.5}}, "tails.overlong_penalty=0.5 has no effect with tails.overlong=off"),
     ({"tails": {"oversample": 1.0 + 1e-12}}, "starts no group more than rollout.problems_per_step=32; the least that does is 1.03"),
     ({"tails": {"overlong": "penalty", "overlong_buffer": 9000}}, "tails.overlong_buffer=9000 must not exceed rollout.max_new_tokens=8192"),
     ({"tails": {"overlong": "mask"}, "rollout": {"ignore_eos": True}}, "leaves nothing in the loss"),

@@ -60,7 +60,7 @@ def stats(equal: tuple[float, ...] | None) -> StepStats:
 def test_the_engines_routes_reach_the_update_and_a_sample_is_scored_without() -> None:
     routing = RoutingReplay(config=configuration(routing={"sample_every": 2, "sample_rollouts": 2}), replay="engine")
     given, score = groups(), Scorer()
-    assert routing.prepare(given, 1, score) == tuple(given)
+    assert routing.prepare(given, 1, score, 0) == tuple(given)
     assert [view.routes.tokens for view in student_views(given)] == [n + 1 for n in LENGTHS]
     (views, recorded), = score.asked
     assert [view.response_ids for view in views] == [given[0].rollouts[0].response_ids, given[1].rollouts[0].response_ids], "spread over the batch"
@@ -70,28 +70,43 @@ def test_the_engines_routes_reach_the_update_and_a_sample_is_scored_without() ->
     assert found == pytest.approx({"routes_equal_share": 0.75, "routes_equal_share_min": 0.5, "mismatch_free_mean": 0.5, "mismatch_free_max": 0.5,
                                    "mismatch_free_outside": 1.0, "mismatch_replayed_mean": 0.1, "mismatch_replayed_max": 0.1,
                                    "mismatch_replayed_outside": 0.0})
-    assert routing.prepare(given, 2, score) == tuple(given) and len(score.asked) == 1, "not every step"
+    assert routing.prepare(given, 2, score, 0) == tuple(given) and len(score.asked) == 1, "not every step"
     assert routing.figures([stats(None)], student)["mismatch_free_mean"] is None
     assert routing.figures([], None)["routes_equal_share"] is None and routing.layers([]) == []
+
+
+def test_the_sample_of_batches_drawn_ahead_is_of_the_present_weights() -> None:
+    config = configuration(rollout={"mode": "servers"}, asynchrony={"max_staleness": 1}, routing={"sample_rollouts": 3})
+    routing, given, score = RoutingReplay(config=config, replay="engine"), groups(), Scorer()
+    continued, fresh = (dataclasses.replace(given[1].rollouts[0], version_spans=((0, 3), (1, 1))), dataclasses.replace(given[1].rollouts[1],
+                                                                                                                policy_version=1))
+    mixed = [given[0], dataclasses.replace(given[1], rollouts=(continued, fresh))]
+    routing.prepare(mixed, 1, score, 1)
+    (views, _), = score.asked
+    assert [view.response_ids for view in views] == [fresh.response_ids], "neither stale nor half stale ones"
+    assert routing.figures([stats(None)], torch.full((sum(LENGTHS),), -1.1))["mismatch_free_mean"] == pytest.approx(0.5)
+    routing.prepare(mixed, 1, score, 2)
+    found = routing.figures([stats(None)], torch.full((sum(LENGTHS),), -1.1))
+    assert len(score.asked) == 1 and found["mismatch_free_mean"] is found["mismatch_replayed_max"] is None
 
 
 def test_a_response_without_routes_is_refused() -> None:
     given = groups()
     bare = dataclasses.replace(given[1], rollouts=(given[1].rollouts[0], dataclasses.replace(given[1].rollouts[1], routes=None)))
     with pytest.raises(MissingRoutes, match="1 rollouts have no routes, first rollout 1 of problem '1'.*routing.replay=off"):
-        RoutingReplay(config=configuration(), replay="engine").prepare([given[0], bare], 1, Scorer())
+        RoutingReplay(config=configuration(), replay="engine").prepare([given[0], bare], 1, Scorer(), 0)
 
 
 def test_the_scoring_pass_gives_routes_and_the_students_scores() -> None:
     routing, score = RoutingReplay(config=configuration(), replay="scoring"), Scorer()
-    prepared = routing.prepare(groups(routed=False), 1, score)
+    prepared = routing.prepare(groups(routed=False), 1, score, 0)
     assert [r.routes for g in prepared for r in g.rollouts] == [routes(n + 1, seed=100 + i) for i, n in enumerate(LENGTHS)]
     assert score.asked[0][1] and routing.student is not None and routing.student.lengths == LENGTHS
 
 
 def test_without_a_replay_loaded_routes_are_left_aside() -> None:
     routing = RoutingReplay(config=configuration(), replay="off")
-    assert all(r.routes is None for g in routing.prepare(groups(), 1, Scorer()) for r in g.rollouts)
+    assert all(r.routes is None for g in routing.prepare(groups(), 1, Scorer(), 0) for r in g.rollouts)
     assert routing.figures([stats(None)], None) == {}
 
 

@@ -70,7 +70,19 @@ def _routing_problems(config: RunConfig, *, moe: bool) -> Iterator[str]:
                "than the teacher, whose experts it is asked for")
 
 
+def _idle(config: RunConfig, section: str, keys: tuple[str, ...], why: str) -> Iterator[str]:
+    """One problem for each of these keys that differs from its default."""
+    values = getattr(config, section)
+    for key in keys:
+        if getattr(values, key) != type(values).model_fields[key].default:
+            yield f"{section}.{key}={getattr(values, key)} has no effect {why}"
+
+
 def _correction_problems(config: RunConfig) -> Iterator[str]:
+    if config.correction_mode == "off":
+        yield from _idle(config, "correction", ("upper", "lower"), f"with correction.mode={config.correction.mode}, which is off here")
+    if config.correction_mode == "truncate":
+        yield from _idle(config, "correction", ("lower",), "where correction.mode comes to truncate: it is a bound of mask")
     if config.correction.level == "sequence" and config.correction_mode == "off":
         yield (f"correction.level=sequence has no effect with correction.mode={config.correction.mode}, which is off here: set correction.mode "
                "to truncate or mask")
@@ -78,6 +90,10 @@ def _correction_problems(config: RunConfig) -> Iterator[str]:
 
 def _tail_problems(config: RunConfig) -> Iterator[str]:
     rollout, tails = config.rollout, config.tails
+    if not tails.dynamic_sampling:
+        yield from _idle(config, "tails", ("dynamic_rounds",), "with tails.dynamic_sampling=false")
+    if tails.overlong != "penalty":
+        yield from _idle(config, "tails", ("overlong_buffer", "overlong_penalty"), f"with tails.overlong={tails.overlong}, only with penalty")
     if tails.oversample > 1 and config.problems_drawn(rollout.problems_per_step) == rollout.problems_per_step:
         yield (f"tails.oversample={tails.oversample:g} starts no group more than rollout.problems_per_step={rollout.problems_per_step}; the least "
                f"that does is {1 + 1 / rollout.problems_per_step:.3g}")

@@ -80,7 +80,8 @@ class EarlyGrading:
             self._error = self._error or error
 
     def keep(self, numbers: Sequence[int]) -> None:
-        """The groups that came back, in order, by their number among the problems. Others were given up: what was graded of them counts nowhere."""
+        """The groups that came back, in order, by their number among the problems. Others were given up: nobody waits for their
+        grading, and it counts nowhere."""
         self._kept = numbers
 
     def complete(self, groups: Sequence[RolloutGroup], feedback: PrivilegedConfig) -> GradedGroups:
@@ -92,27 +93,31 @@ class EarlyGrading:
         hidden = 0.0 if self._started is None else time.perf_counter() - self._started
         share, error = _Share(verdicts={}, rebuilds=0), None
         try:
-            verdicts = self._report().verdicts
             begun = [(number * self._group_size + rollout.index, rollout.response_ids)
                      for number, group in zip(self._kept, groups, strict=True) for rollout in group.rollouts]
             places = {index: self._places.get(rollout) for index, rollout in enumerate(begun)}
+            wanted = sorted({place for place in places.values() if place is not None})
+            verdicts = dict(zip(wanted, self._report(wanted).verdicts, strict=True))
             share = _Share(verdicts={index: verdicts[place] for index, place in places.items() if place is not None},
                            rebuilds=self._pool.take_rebuilds())
         except Exception as exception:  # the other ranks wait for this one's share
             error = exception
+            self._grading.abandon()
         return replace(_graded(groups, _shares_of_all(share, error), feedback), hidden_seconds=hidden,
                        given_up=len(self._problems) - len(self._kept))
 
-    def _report(self) -> GradingReport:
+    def _report(self, wanted: Sequence[int]) -> GradingReport:
+        """Of these tasks."""
         try:
             if self._error is not None:
                 self._grading.abandon()
                 raise self._error
+            self._grading.keep(wanted)
             return self._grading.report()
         except GradingPoolDied as error:
             death = error
         self._pool.rebuild(death)
-        return self._pool.grade_many(self._tasks)
+        return self._pool.grade_many([self._tasks[place] for place in wanted])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from multiprocessing.connection import wait
 from types import TracebackType
 
@@ -133,9 +133,10 @@ class GradingPool:
             self._await_messages(call)
             self._hand_out(call)
 
-    def _stop_tasks(self) -> None:
+    def _stop_tasks(self, indices: Collection[int] | None = None) -> None:
+        """Those that workers are busy with; None: whichever they are."""
         for slot, worker in enumerate(self._workers):
-            if worker.index is not None:
+            if worker.index is not None and (indices is None or worker.index in indices):
                 self._replace(slot, None)
 
     def close(self) -> None:
@@ -240,8 +241,14 @@ class OpenGrading:
         """Give idle workers tasks and take what is done; never waits. A worker gets one task a call. Raises as `report` does."""
         self._work(until_done=False)
 
+    def keep(self, indices: Collection[int]) -> None:
+        """Give up all tasks but these, by the order in which they were added: they are not waited for and stand in no report; workers that are busy
+        with one are replaced."""
+        self._call.keep(indices)
+        self._pool._stop_tasks(self._call.dropped)
+
     def report(self) -> GradingReport:
-        """Wait for the rest; the verdicts in the order in which the tasks were added. Raises as GradingPool.grade_many does, and
+        """Wait for the rest; the verdicts of what is kept, in the order in which the tasks were added. Raises as GradingPool.grade_many does, and
         GradingError after an earlier `report`, an `abandon` or the end of the pool."""
         self._work(until_done=True)
         self._end()

@@ -74,38 +74,48 @@ class BatchRouting:
 
     def equal_shares(self, views: Sequence[ScoringView], rows: Sequence[Row]) -> tuple[float, ...] | None:
         """For each layer the share of the tokens with given experts for which the router would have chosen the same set; None where no token has any.
-        `rows` are this rank's of `views` and have been run. Raises RuntimeError where a router has not asked for its experts."""
+        `rows` are this rank's of `views` and have been run. Raises as `require_asked`."""
         if all(view.routes is None for view in views):
             return None
+        self.require_asked(rows)
         counts = torch.zeros(self.require().layers, 2, dtype=torch.int64, device=self._layout.device)
         for row in rows:
             routes = row.packed.routes
             if routes is None or routes.experts is None:
                 continue
-            ignored = [layer for layer in self._layers if int(routes.equal[layer]) == NOT_RUN]
-            if ignored:
-                raise RuntimeError(f"the routers of layers {ignored} did not take the experts that were given: this Megatron or its configuration "
-                                   "goes another way; set routing.replay=off")
             counts[self._layers, 0] += routes.equal[self._layers]
             counts[self._layers, 1] += (routes.experts[self._layers, :, 0] != FREE).sum(dim=1)
         # Tokens are divided over data-, context- and (by sequence parallelism) tensor-parallel ranks, layers over pipeline stages.
         dist.all_reduce(counts)
         return tuple((counts[:, 0].double() / counts[:, 1]).tolist()) if counts[:, 1].all() else None
 
+    def require_asked(self, rows: Sequence[Row]) -> None:
+        """Raises RuntimeError, on every rank alike, where a router has not asked for its experts in one of this rank's `rows`. They have been run
+        with experts that are given or recorded."""
+        ignored = torch.zeros(self.require().layers, dtype=torch.int64, device=self._layout.device)
+        for row in rows:
+            if row.packed.routes is not None:  # else padding, or views that all route by themselves
+                ignored[self._layers] += row.packed.routes.equal[self._layers] == NOT_RUN
+        dist.all_reduce(ignored)
+        if ignored.any():
+            raise RuntimeError(f"the routers of layers {ignored.nonzero()[:, 0].tolist()} did not ask for the experts that were given: this Megatron "
+                               "or its configuration goes another way; set routing.replay=off")
+
     def recorded(self, views: Sequence[ScoringView], rows: Sequence[Row]) -> tuple[TokenRoutes, ...]:
         """What the routers chose for every input token of `views`, on every rank. `rows` were planned to record and have been run."""
         shape, lengths = self.require(), [input_length(view) for view in views]
-        kind = torch.uint8 if shape.experts <= 256 else torch.int32  # gloo sums no int16
-        chosen = torch.zeros(shape.layers, sum(lengths), shape.top_k, dtype=kind, device=self._layout.device)
-        for row in rows:
-            if row.recorded is None:
-                continue  # padding alone
-            local, places = (index.to(self._layout.device) for index in row.recorded)
-            for layer in self._layers:
-                chosen[layer, places] = row.packed.routes.chosen[layer, local].to(kind)
-        dist.all_reduce(chosen)  # each element has one contributor
-        parts, ends = chosen.transpose(0, 1).cpu().numpy(), numpy.cumsum([0, *lengths])
-        return tuple(TokenRoutes.of(parts[ends[i] : ends[i + 1]]) for i in range(len(views)))
+        kind, kept = (torch.uint8, numpy.uint8) if shape.experts <= 256 else (torch.int32, numpy.uint16)  # gloo sums no int16
+        places = [None if row.recorded is None else [index.to(self._layout.device) for index in row.recorded] for row in rows]  # None: padding
+        experts = numpy.zeros((sum(lengths), shape.layers, shape.top_k), dtype=kept)
+        for layer in range(shape.layers):  # one at a time on the device: all of a large batch's would take gigabytes
+            chosen = torch.zeros(sum(lengths), shape.top_k, dtype=kind, device=self._layout.device)
+            for row, place in zip(rows, places, strict=True):
+                if place is not None and layer in self._layers:
+                    chosen[place[1]] = row.packed.routes.chosen[layer, place[0]].to(kind)
+            dist.all_reduce(chosen)  # each element has one contributor
+            experts[:, layer] = chosen.cpu().numpy()
+        ends = numpy.cumsum([0, *lengths])
+        return tuple(TokenRoutes.of(experts[ends[i] : ends[i + 1]]) for i in range(len(views)))
 
 
 def _check_size(routes: TokenRoutes, shape: RouteShape, tokens: int, whose: str) -> None:

@@ -69,7 +69,7 @@ class Trainer:
         """Log-prob of every response token and the exact median of their entropies, without gradient; each token's entropy only where asked
         for: nothing in training needs it beyond the rank that computed it. Views' `routes` are followed; with `record_routes` the scores hold what
         the routers would choose. Collective; the same on every rank. Raises, on every rank, NonFiniteScores where a log-prob is not finite,
-        RoutesError where routes do not fit."""
+        RoutesError where routes do not fit, RuntimeError where a router did not ask for its experts."""
         self.routing.check(views)
         record = self.routing.require() if record_routes else None
         # Every data-parallel rank must take part: where there are fewer views, fill up with some of one token.
@@ -81,6 +81,8 @@ class Trainer:
         self._set_training(False)
         with torch.no_grad():
             results = self._run(plan.rows, self._scores, forward_only=True)
+        if record_routes or any(view.routes is not None for view in views):
+            self.routing.require_asked(plan.rows)
         lengths = plan.lengths[: len(views)]
         tokens = sum(lengths)
         log_prob = self._assemble(plan, results, 0)[:tokens]
@@ -118,6 +120,7 @@ class Trainer:
             mismatch_mean=float(difference.abs().double().mean()), mismatch_max=float(difference.abs().max()),
             broken_tokens=int((~log_prob.isfinite()).sum()), **update_figures.correction(self.config, batch, difference, weights),
             **update_figures.noise_floor(batch, log_prob))
+        routes_equal = self.routing.equal_shares(batch.views, plan.rows)  # it may raise: before anything has changed
         set_learning_rate(self.optimizer, learning_rate)
         norm, applied = guarded_update(
             self.optimizer, self.config.optimizer.clip_grad, finite_loss=before_gradient.finite,
@@ -125,7 +128,7 @@ class Trainer:
         return StepStats(
             **{**vars(before_gradient), "grad_norm": norm}, skipped=not applied, padding_share=plan.padding_share,
             student=TokenScores(log_prob=log_prob, entropy_median=None, lengths=plan.lengths),
-            routes_equal=self.routing.equal_shares(batch.views, plan.rows))
+            routes_equal=routes_equal)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) of the whole policy, bucketed, for files and comparisons; engines get `engine_weights`. Collective:

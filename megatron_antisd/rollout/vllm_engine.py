@@ -98,13 +98,20 @@ class VllmEngine:
         parts = spread(requests, self.replicas, quota)
         mine = parts[self._ranks.rank // self._tensor_parallel]
         size = 1 if quota is None else quota.group_size
-        done = self._collective("generate", lambda: self._generate(requests, mine, size, sampling, finished))
-        for rank, generations in enumerate(done):
-            if generations != done[rank // self._tensor_parallel * self._tensor_parallel]:
+        first = self._ranks.rank % self._tensor_parallel == 0
+
+        def work() -> tuple[int, list[Generation | None] | None]:
+            """With their experts responses take gigabytes: the replica's first rank alone sends them, the others that they have the same."""
+            generations = self._generate(requests, mine, size, sampling, finished)
+            return _digest_of(generations), generations if first else None
+
+        done = self._collective("generate", work)
+        for rank, (digest, _) in enumerate(done):
+            if digest != done[rank // self._tensor_parallel * self._tensor_parallel][0]:
                 self._failure = "generate: the tensor-parallel ranks of one replica drew different tokens"
                 raise EngineFailure(self._failure)
         results: list[Generation | None] = [None] * len(requests)
-        for part, generations in zip(parts, done[::self._tensor_parallel], strict=True):
+        for part, (_, generations) in zip(parts, done[::self._tensor_parallel], strict=True):
             for index, generation in zip(part.indices, generations, strict=True):
                 results[index] = generation
         return results
@@ -182,3 +189,12 @@ class VllmEngine:
 
 def _digest(requests: Sequence[Request], sampling: Sampling, quota: Quota | None) -> int:
     return zlib.crc32(repr((sampling, quota, [(r.seed, r.prompt_ids, r.expected_tokens) for r in requests])).encode())
+
+
+def _digest_of(generations: Sequence[Generation | None]) -> int:
+    """Of everything in them."""
+    digest = zlib.crc32(repr(generations).encode())
+    for generation in generations:
+        if generation is not None and generation.routes is not None:
+            digest = zlib.crc32(generation.routes.data, digest)  # its repr leaves them out
+    return digest

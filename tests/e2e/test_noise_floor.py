@@ -82,14 +82,14 @@ def test_what_is_judged(tmp_path: Path) -> None:
     assert limit_of(config_of("model.dtype=bfloat16")) == 0.1
 
 
-def test_the_first_rollouts_of_the_first_update(tmp_path: Path) -> None:
+def test_the_first_rollouts(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: m}\n")
     groups = [RolloutGroup(problem=Problem(id=name, prompt="", answer=""), rollouts=tuple(
         Rollout(problem_id=name, index=i, prompt_ids=(1,), response_ids=(2,), engine_log_probs=(-1.0,), truncated=False, policy_version=0)
         for i in range(4))) for name in "abcd"]
 
-    def sizes(rollouts: int, updates: int) -> list[int]:
-        config = load_config(tmp_path / "run.yaml", [f"noise_floor.rollouts={rollouts}", f"algorithm.updates_per_batch={updates}"])
+    def sizes(rollouts: int) -> list[int]:
+        config = load_config(tmp_path / "run.yaml", [f"noise_floor.rollouts={rollouts}"])
         return [len(group.rollouts) for group in first_rollouts(config, groups)]
 
-    assert sizes(6, 1) == [4, 2] and sizes(8, 1) == [4, 4] and sizes(99, 1) == [4] * 4 and sizes(99, 4) == [4] and sizes(1, 2) == [1]
+    assert sizes(6) == [4, 2] and sizes(8) == [4, 4] and sizes(99) == [4] * 4 and sizes(1) == [1]

@@ -175,16 +175,18 @@ def test_a_generation_that_fails_leaves_the_pool_free() -> None:
 
 
 def test_groups_that_were_given_up_count_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups 0 and 2 of four do not come back: one response of theirs was reported and runs out of time, another crashes."""
+    """Groups 0 and 2 of four do not come back: one response of theirs was reported and would be graded for a minute, another crashes."""
     (tmp_path / "picky_grader.py").write_text(
         "import time\n\ndef grade(response, answer):\n    if answer == '0':\n        time.sleep(60)\n    if answer == '2':\n        raise OSError\n"
         "    return float(answer)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     groups = make_groups(4, 2)
-    with GradingPool(workers=1, timeout_seconds=0.5, function="picky_grader:grade") as pool:
+    with GradingPool(workers=1, timeout_seconds=50.0, function="picky_grader:grade") as pool:
         grading = EarlyGrading(pool, [group.problem for group in groups], 2, lambda ids: text(*ids))
+        began = time.perf_counter()
         grading([(0, (0, 0)), (2, (1, 0)), (3, (1, 1)), (4, (2, 0)), (6, (3, 0)), (7, (3, 1))])
         grading.keep([1, 3])
         graded = grading.complete([groups[1], groups[3]], FEEDBACK)
+        assert time.perf_counter() - began < 40, "the minute was not waited for"
     assert [[r.reward for r in group.rollouts] for group in graded.groups] == [[1.0, 1.0], [3.0, 3.0]]
     assert graded.timeouts == graded.crashes == 0 and graded.given_up == 2

@@ -5,6 +5,7 @@ Usage: routing_ranks.py CHECKPOINT ORACLES.pt RESULT.json CASE...
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def case_facts(config: RunConfig, forced: Oracle, free: Oracle) -> dict[str, Any
         "equal": max(abs(a - b) for a, b in zip(stats.routes_equal, forced.equal, strict=True)),
         "recorded_others": other_sets(recorded.routes, free), "recorded_again": replayed.routes == recorded.routes,
         "replay_of_own": float((replayed.log_prob - recorded.log_prob).abs().max()), "refused": refusals(trainer, views),
+        "deaf": deaf(trainer, views),
     }
     # Nothing of a row stays behind.
     routers = [module.router for chunk in trainer.chunks for module in chunk.modules() if hasattr(module, "router")]
@@ -87,6 +89,28 @@ def refusals(trainer: Any, views: tuple[ScoringView, ...]) -> dict[str, str]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     return found if all(other == found for other in everyone) else {"ranks": "disagree"}
+
+
+def deaf(trainer: Any, views: tuple[ScoringView, ...]) -> list[Any]:
+    """What each rank raises where the routers of the last one do not ask for their experts, and whether the weights moved."""
+    from megatron_antisd.models.routing import RoutedLayer
+
+    before = [parameter.detach().clone() for chunk in trainer.chunks for parameter in chunk.parameters()]
+    following, found = RoutedLayer._following, []
+    if dist.get_rank() == dist.get_world_size() - 1:
+        RoutedLayer._following = lambda self, row: contextlib.nullcontext()
+    for act in (lambda: trainer.step(make_batch(views, 0), learning_rate=1e-3), lambda: trainer.score(views)):
+        try:
+            act()
+            found.append("nothing")
+        except RuntimeError as error:
+            found.append(str(error))
+    RoutedLayer._following = following
+    after = [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]
+    found.append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return everyone
 
 
 def main() -> None:

@@ -70,6 +70,8 @@ def test_every_layout_follows_given_experts(checkpoint: Path, oracles: tuple[Ora
         assert (found["recorded_others"], found["recorded_again"], found["left"]) == (0, True, 0), f"{case}: {found}"
         assert found["tensors"] == len(oracles[0].gradients) - 2 * LAYERS + 3 * EXPERTS * LAYERS  # experts stand one by one in a checkpoint
         check_refusals(found["refused"])
+        for by_step, by_score, unmoved in found["deaf"]:
+            assert "did not ask for the experts that were given" in by_step == by_score and unmoved, "raised on every rank, before the update"
 
 
 def check_refusals(refused: dict[str, str]) -> None:
