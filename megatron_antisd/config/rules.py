@@ -181,6 +181,9 @@ def _world_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (f"world size {world_size} must be divisible by parallel.expert_tensor_parallel_size={p.expert_tensor_parallel_size} * "
                f"expert_parallel_size={p.expert_parallel_size} * pipeline_parallel_size={p.pipeline_parallel_size} = {expert_ranks}")
     yield from _virtual_problems(p)
+    if config.sync.transport == "cuda_ipc" and world_size > 1:
+        yield (f"sync.transport=cuda_ipc needs trainer and engine on one GPU, and there are {world_size} ranks, which send from several; "
+               "set process_group")
     engine = config.rollout.tensor_parallel_size
     if config.rollout.engine == "vllm" and config.rollout.mode == "colocated" and world_size % engine:
         yield (f"world size {world_size} must be divisible by rollout.tensor_parallel_size={engine}: "

@@ -94,6 +94,8 @@ class WeightSender:
         self._places = [place for place, _ in everyone]
         self._dtypes = {name: dtype for _, found in everyone for name, dtype in found.items()}
         self._plans: dict[tuple[EngineLayout, bool], _Planned] = {}
+        self._left: set[str] = set()
+        """Plans that are in the store."""
 
     def stream(self, engine: EngineLayout) -> Iterator[tuple[str, torch.Tensor]]:
         """What the engine rank in this process needs (rank r is place r % TP of replica r // TP): (Hugging Face name, tensor), a HeldPart where it
@@ -147,8 +149,9 @@ class WeightSender:
         specs, planned = {}, {}
         for receiver in receivers:
             kind = planned[receiver.name] = self._planned(receiver.engine, inside=False)
-            for place, letter in enumerate(kind.letters):
+            for place, letter in enumerate(kind.letters if kind.name not in self._left else ()):
                 store.set(f"plans/{kind.name}/{place}", letter)
+            self._left.add(kind.name)
             specs[receiver.name] = {
                 "transport": self._transport, "store": address, "sync": sync_id, "server": receiver.name, "version": version, "plan": kind.name,
                 "senders": list(kind.senders), "engine_size": receiver.tensor_parallel_size, "timeout": self._timeout, "checksums": names}
@@ -220,8 +223,17 @@ class ServerSync:
             thread.join()
         everyone: list[Any] = [None] * self._sender._layout.world_size
         dist.all_gather_object(everyone, failures)
+        if self._sender._layout.rank == 0:
+            self._forget_meeting_points()
         return {receiver.name: "; ".join(dict.fromkeys(found[receiver.name] for found in everyone if receiver.name in found))
                 for receiver in self._receivers if any(receiver.name in found for found in everyone)}
+
+    def _forget_meeting_points(self) -> None:
+        """The store would keep every process group's keys for ever."""
+        prefixes = {f"syncs/{spec['sync']}/" for spec in self.specs.values()}
+        for key in self._store.list_keys():
+            if any(prefix in key for prefix in prefixes):
+                self._store.delete_key(key)
 
     def mismatches(self, reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[str]]:
         """{server: what differs}, empty where trainer and engines hold the same. Collective, and every rank gives the same `reports`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_a_stall_in_the_middle_is_named_and_tears_one_engine_alone(facts: list[d
         assert "engine rank 0 of one" in stalled["failures"]["one"] and "part " in stalled["failures"]["one"]
         assert stalled["errors"]["two"] == [None, None]
         (error,) = stalled["errors"]["one"]
-        assert "part 6 of 19" in error and "trainer rank 1 sent nothing within 8 s" in error
+        assert re.search(r"part \d+ of \d+", error) and "trainer rank 1 sent nothing within 8 s" in error
     (state,) = facts[0]["stall"]["state"]["answer"]
     assert state["version"] is None and state["torn"].startswith("sync 5 to version 4 broke off")
     assert facts[0]["stall"]["the_other_has_it"] < AGREES
