@@ -1,4 +1,5 @@
-"""Long tails, corrections and the noise floor through the whole loop on one rank with the in-process engine: two steps each, all in one process."""
+"""Long tails, corrections and the noise floor through the whole loop on one rank with the in-process engine: two steps each, all in one process; one
+step of all together is fast."""
 
 from __future__ import annotations
 
@@ -53,10 +54,23 @@ def rows(world: World) -> dict[str, list[dict[str, Any]]]:
     return {name: rows_of(world.root / name) for name in RUNS if name != "resumed"}
 
 
+def test_a_step_with_all_of_it(world: World) -> None:
+    directory = world.root / "all"
+    raw = configuration(world, directory, rollout={"engine": "megatron"}, tails={**TAILS, "overlong": "mask"}, correction={"mode": "truncate"},
+                        algorithm={"updates_per_batch": 2, "zero_variance": "drop"}, run={"name": "all", "directory": str(directory), "steps": 1})
+    done = launch(1, SCRIPT, write(raw, world.root / "all.yaml"), timeout=200)
+    assert done.returncode == 0, done.stdout[-6000:]
+    (row,) = rows_of(directory)
+    assert row["groups_given_up"] >= 1 and row["generation_rounds"] in (1, 2) and row["groups_dropped"] >= 0 and row["overlong_rollouts"] >= 0
+    assert row["policy_version"] >= 1 and row["correction_weight_mean"] == pytest.approx(1.0, abs=1e-3)
+    assert 0 <= row["noise_floor_mean"] <= row["noise_floor_max"] < 1e-4
+
+
 def groups_of(world: World, name: str, step: int) -> list[RolloutGroup]:
     return load_rollouts(world.root / name / "saved", step)
 
 
+@pytest.mark.slow
 def test_what_is_off_is_null(rows: dict[str, list[dict[str, Any]]]) -> None:
     for row in rows["plain"]:
         for key in ("groups_given_up", "generation_rounds", "groups_dropped", "overlong_rollouts", "correction_weight_mean",
@@ -64,6 +78,7 @@ def test_what_is_off_is_null(rows: dict[str, list[dict[str, Any]]]) -> None:
             assert row[key] is None, key
 
 
+@pytest.mark.slow
 def test_oversampling_gives_up_the_slowest_groups(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
     """Six groups are begun for four; those kept are drawn as if nothing else had been."""
     assert [row["groups_given_up"] for row in rows["oversample"]] == [2, 2]
@@ -76,6 +91,7 @@ def test_oversampling_gives_up_the_slowest_groups(rows: dict[str, list[dict[str,
     assert len(set(both)) == 8, "what was given up comes again in its next epoch, not at the next step"
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_draws_until_rewards_differ(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
     for step, row in enumerate(rows["dynamic"], start=1):
         groups = groups_of(world, "dynamic", step)
@@ -86,6 +102,7 @@ def test_dynamic_sampling_draws_until_rewards_differ(rows: dict[str, list[dict[s
         assert row["groups_given_up"] >= 1 and row["groups_dropped"] >= 0
 
 
+@pytest.mark.slow
 def test_lengths_are_learned_and_change_no_draw(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
     for step in (1, 2):
         assert groups_of(world, "longest", step) == groups_of(world, "plain", step)
@@ -94,6 +111,7 @@ def test_lengths_are_learned_and_change_no_draw(rows: dict[str, list[dict[str, A
     assert all(1 <= tokens <= 16 for tokens in state["lengths"].values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_gives_up_and_drops_the_same(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
     """24 problems, at least 5 a step: the second epoch begins behind the stop, and some lengths are known by then."""
     for step in range(1, 7):
@@ -103,6 +121,7 @@ def test_a_resumed_run_draws_gives_up_and_drops_the_same(rows: dict[str, list[di
     assert any(rounds == 2 for rounds, _ in drawn) and all(given_up >= 1 for _, given_up in drawn)
 
 
+@pytest.mark.slow
 def test_masked_responses_leave_the_loss_alone(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
     """By hand: on-policy the loss is minus the weighted mean of A_seq, over the tokens of responses that ended."""
     groups = groups_of(world, "mask", 1)
@@ -117,6 +136,7 @@ def test_masked_responses_leave_the_loss_alone(rows: dict[str, list[dict[str, An
     assert row["reward_mean"] == pytest.approx(sum(float(g.rewards().sum()) for g in groups) / 16)
 
 
+@pytest.mark.slow
 def test_the_penalty_enters_the_advantage_and_no_figure(rows: dict[str, list[dict[str, Any]]], world: World) -> None:
     groups = groups_of(world, "penalty", 1)
     total, tokens, touched = 0.0, 0, 0
@@ -132,6 +152,7 @@ def test_the_penalty_enters_the_advantage_and_no_figure(rows: dict[str, list[dic
     assert row["reward_mean"] == pytest.approx(sum(float(g.rewards().sum()) for g in groups) / 16), "the grader's"
 
 
+@pytest.mark.slow
 def test_weights_near_one_are_seen_and_change_next_to_nothing(rows: dict[str, list[dict[str, Any]]]) -> None:
     for ours, plain in zip(rows["truncate"], rows["plain"], strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-5)
@@ -141,6 +162,7 @@ def test_weights_near_one_are_seen_and_change_next_to_nothing(rows: dict[str, li
         assert row["correction_touched_share"] == 0.0 and row["correction_weight_min"] == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_floor_is_logged_at_the_first_update_alone(rows: dict[str, list[dict[str, Any]]]) -> None:
     first, second = rows["antisd"]
     assert 0 <= first["noise_floor_mean"] <= first["noise_floor_max"] < 1e-4 and first["noise_floor_share"] == 0.0
@@ -156,6 +178,7 @@ def advantages(rewards: list[float]) -> list[float]:
     return [(r - mean) / (deviation + 1e-6) for r in rewards]
 
 
+@pytest.mark.slow
 def test_rewards_of_this_world_differ(world: World, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Or the tests above would compare zeros."""
     found = Counter(len(set(group.rewards().tolist())) for name in ("mask", "penalty", "plain") for group in groups_of(world, name, 1))
