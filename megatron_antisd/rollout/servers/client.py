@@ -23,6 +23,7 @@ from megatron_antisd.rollout.servers.messages import (
 )
 
 T = TypeVar("T")
+BRIEF_SECONDS = 2.0
 
 
 class ServerLost(RuntimeError):
@@ -46,8 +47,9 @@ class ServerClient:
         self._silence, self._step = silence_seconds, step_seconds
         self._http = httpx.Client(base_url=record.url, headers={"authorization": bearer(token)}, timeout=silence_seconds, trust_env=False)
 
-    def status(self) -> Status:
-        return self._call("status", None, Status)
+    def status(self, *, briefly: bool = False) -> Status:
+        """`briefly`: of one that did not answer the last time."""
+        return self._call("status", None, Status, extra=BRIEF_SECONDS - self._silence if briefly else 0.0)
 
     def submit(self, submission: Submission) -> None:
         self._call("submit", submission, type(None), extra=self._step)
@@ -68,7 +70,7 @@ class ServerClient:
         """`extra`: seconds that the answer may take beyond `servers.silence_seconds`."""
         try:
             if message is None:
-                answer = self._http.get(f"/{name}")
+                answer = self._http.get(f"/{name}", timeout=self._silence + extra)
             else:
                 answer = self._http.post(f"/{name}", content=encode(message), timeout=self._silence + extra)
         except httpx.HTTPError as error:

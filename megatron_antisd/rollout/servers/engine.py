@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -178,7 +179,7 @@ class ServersEngine:
             client.stop(Stop(client=None))  # what clients that are gone left behind: those that are here have paused
             return client.receive(Receive(life=self._life, version=version, specification=specifications[identity]), seconds).replies
 
-        return {identity: in_thread(lambda identity=identity: tell(identity)) for identity in specifications}
+        return {identity: in_thread(partial(tell, identity)) for identity in specifications}
 
     # -- servers
 
@@ -198,7 +199,7 @@ class ServersEngine:
         if self._directory is None:
             return []
         records = [record for record in self._directory.records() if self._fits(record)]
-        asked = {record.identity: in_thread(self._client(record).status) for record in records}
+        asked = {record.identity: in_thread(partial(self._client(record).status, briefly=record.identity in self._absent)) for record in records}
         present = []
         for record in records:
             try:
@@ -206,8 +207,9 @@ class ServersEngine:
                     present.append(record)
                 self._absent.pop(record.identity, None)
             except (ServerLost, ServerRefused, EngineError) as error:
+                if record.identity not in self._absent:
+                    _log.warning("server %s is gone: %s", record.url, error)
                 since = self._absent.setdefault(record.identity, time.monotonic())
-                _log.warning("server %s is gone: %s", record.url, error)
                 if time.monotonic() - since > FORGET_SECONDS:
                     self._directory.forget(record)
         return present
