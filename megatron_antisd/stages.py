@@ -127,7 +127,11 @@ def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherSc
 
     def accept(figures: UpdateFigures) -> bool:
         floor = noise_floor.judge(run.config, step, figures) if run.floor.pending else []
-        run.floor.pending &= figures.noise_floor_mean is None
+        if run.floor.pending and figures.noise_floor_mean is not None:
+            run.floor.pending = False
+            if run.resumed:  # the row of a resumed run is that of the run that was never interrupted
+                run.journal.write("noise_floor", step, f"measured anew: |u| under an empty context is {figures.noise_floor_mean:.3g} nats on average, "
+                                  f"{figures.noise_floor_max:.3g} at most")
         found = [*run.health.of_update(step, figures), *floor]
         run.incidents.extend(found)
         return not (refused or refuses(found))
@@ -179,6 +183,7 @@ def figures(run: Run, graded: GradedGroups, teacher: batching.TeacherScores, gat
         "learning_rate": learning_rate(run, run.progress.step), "policy_version": run.progress.policy_version,
         "probe_mean": probe and probe.mean, "probe_max": probe and probe.max,
         "audit_alarms": audit(run, graded.groups, teacher, student, run.progress.step),
+        **(dict.fromkeys(batching.NOISE_FLOOR) if run.resumed else {}),
     }
 
 

@@ -85,7 +85,7 @@ def _in_the_middle(step: int, act: Callable[[], None], *, times: int, sampling: 
     generate, left = VllmEngine._generate, [times]
     length = {"training": 16, "evaluation": 12}[sampling]
 
-    def failing(self: VllmEngine, requests: Any, given: Any, *rest: Any) -> Any:
+    def failing(self: VllmEngine, requests: Any, part: Any, group_size: int, given: Any, *rest: Any) -> Any:
         last = dist.get_rank() == dist.get_world_size() - 1
         due = self.policy_version >= step - 1 and not given.ignore_eos and given.max_new_tokens == length
         if last and due and left[0]:
@@ -100,7 +100,7 @@ def _in_the_middle(step: int, act: Callable[[], None], *, times: int, sampling: 
                 return original()
 
             engine.step = failing_step
-        return generate(self, requests, given, *rest)
+        return generate(self, requests, part, group_size, given, *rest)
 
     VllmEngine._generate = failing
 

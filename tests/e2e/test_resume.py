@@ -83,6 +83,7 @@ def test_continual_starts_antisd_from_a_grpo_policy(world: World) -> None:
     assert first["step"] == 0 and first["eval/tiny/response_length_mean"] == last["eval/tiny/response_length_mean"]
 
 
+@pytest.mark.slow
 def test_resuming_another_method_is_refused(world: World, undisturbed: Path) -> None:
     raw = yaml.safe_load((world.root / "undisturbed.yaml").read_text())
     raw["algorithm"] = {"method": "grpo"}

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 AGREES = 1e-4
 
 
-@pytest.fixture(scope="module", params=["process_group", pytest.param("shared_memory", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("process_group", "shared_memory")])
 def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sync")
     run_ranks(HERE / "sync_ranks.py", 2, str(folder), request.param, timeout=400)
