@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from megatron_antisd.rollout.probe import ProbeResult
 from megatron_antisd.rollout.replay import load_rollouts, save_rollouts
 from megatron_antisd.run import Run
 from megatron_antisd.token_u import token_u_rows
+
+_log = logging.getLogger(__name__)
 
 
 def generate(run: Run, step: int) -> tuple[list[RolloutGroup], EarlyGrading | Settled | None]:
@@ -130,8 +133,8 @@ def update(run: Run, groups: Sequence[RolloutGroup], teacher: batching.TeacherSc
         if run.floor.pending and figures.noise_floor_mean is not None:
             run.floor.pending = False
             if run.resumed:  # the row of a resumed run is that of the run that was never interrupted
-                run.journal.write("noise_floor", step, f"measured anew: |u| under an empty context is {figures.noise_floor_mean:.3g} nats on average, "
-                                  f"{figures.noise_floor_max:.3g} at most")
+                _log.info("step %d: the noise floor of u, measured anew: %.3g nats on average, %.3g at most", step, figures.noise_floor_mean,
+                          figures.noise_floor_max)
         found = [*run.health.of_update(step, figures), *floor]
         run.incidents.extend(found)
         return not (refused or refuses(found))
