@@ -275,7 +275,7 @@ def _stages(description: ModelDescription, places: Sequence[TrainerPlace]) -> li
         entries = list(module)
         if entries[0].expert is not None:  # one of each expert-parallel rank by turns, so that all of them send in each part
             share = (description.experts or 1) // places[0].expert_size
-            entries.sort(key=lambda entry: ((entry.expert or 0) % share, (entry.expert or 0) // share))
+            entries.sort(key=lambda entry: ((entry.expert or 0) % share, entry.weight.megatron, (entry.expert or 0) // share))
         stages[stage_of[entries[0].weight.megatron, entries[0].layer]].append(entries)
     return [stages[stage] for stage in sorted(stages)]
 
