@@ -62,7 +62,8 @@ def test_a_stuck_rank_is_named_when_the_stage_is_over_its_time(tmp_path: Path, f
         assert 4 <= int(seconds.group(1)) <= 10  # the time-out is 5 s, then come at most a few heartbeats of 0.5 s
     check_stacks(run_, tmp_path, (0, 1, 2))
     assert f"in {fault}" in (tmp_path / "hangs/rank_00001.txt").read_text()
-    assert set(exit_codes(run_.output).values()) == {76}
+    codes = set(exit_codes(run_.output).values())
+    assert 76 in codes and codes <= {1, 76}  # another rank's collective may break by the first one's end before its own watchdog looks again
 
 
 @pytest.mark.slow
