@@ -160,12 +160,13 @@ def measure_memory(checkpoint: str, parallel: Mapping[str, int], engine_size: in
         rises.append(resident("VmHWM") - before)
         problems += weights.problems(names, version, checksums)
     modules: dict[Any, int] = {}
-    from megatron_antisd.parallel.sync_plan import _module
+    from megatron_antisd.parallel.placement import module_of
 
+    module = {name: module_of(entry) for entry in description.entries() for name in entry.huggingface}
     plan = weights._sender._planned(weights._engine, inside=True).plan
     for tensor in plan.tensors.values():
         need = tensor.needs[layout.rank % engine_size]
-        modules[_module(tensor)] = modules.get(_module(tensor), 0) + (need.numel * tensor.itemsize if need else 0)
+        modules[module[tensor.name]] = modules.get(module[tensor.name], 0) + (need.numel * tensor.itemsize if need else 0)
     output.with_suffix(f".{layout.rank}.json").write_text(json.dumps(
         {"rise": max(rises[1:]), "problems": problems, "parts": len(plan.parts), "module": max(modules.values())}))
     engine.close()
