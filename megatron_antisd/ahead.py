@@ -51,9 +51,11 @@ class Ahead:
         self._steps = config.asynchrony.max_staleness // config.algorithm.updates_per_batch
         """How many further batches are drawn beside the one that is waited for."""
         self._version, self._hidden = 0, 0.0  # of the last batch that was taken
+        self._cuts: dict[int, list[Spans]] = {}
+        """By step, of the run that is replayed."""
         if config.asynchrony.replay is not None:
             for step in range(1, config.run.steps + 1):
-                read_versions(Path(config.asynchrony.replay), step, config.rollout.problems_per_step * config.rollout.group_size)
+                self._cuts[step] = read_versions(Path(config.asynchrony.replay), step, config.rollout.problems_per_step * config.rollout.group_size)
 
     def problems(self, step: int) -> list[Problem]:
         """Of the step's batch. It and those behind it are on their way afterwards."""
@@ -107,9 +109,8 @@ class Ahead:
         problems = self._sampler.next()
         prompts = [self._prompts.student_prompt(problem) for problem in problems]
         requests = make_requests(problems, prompts, group_size=self._config.rollout.group_size, seed=self._config.run.seed, step=step)
-        replay = self._config.asynchrony.replay
-        cuts = None if replay is None else read_versions(Path(replay), step, len(requests))
-        return _Drawn(step=step, problems=problems, prompts=prompts, requests=requests, cuts=cuts, sampler_state=state, began=time.monotonic())
+        return _Drawn(step=step, problems=problems, prompts=prompts, requests=requests, cuts=self._cuts.get(step), sampler_state=state,
+                      began=time.monotonic())
 
     def _begin(self, engine: Any) -> None:
         """All that this engine does not draw yet, the oldest first."""

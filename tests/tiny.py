@@ -80,3 +80,15 @@ def make_views(count: int = 8, seed: int = 0, vocab: int = VOCAB) -> tuple[Scori
     trunk, prompt = ids(12, 20), ids(5, 20)
     prompts = [*(trunk + ids(1, 5) for _ in range(3)), prompt, prompt, *(ids(1, 20) for _ in range(count))]
     return tuple(ScoringView(prompt_ids=prompts[i], response_ids=ids(1, 30)) for i in range(count))
+
+
+def gradient_on_disk(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The gradient of a checkpoint's tensor: transformers holds a layer's experts fused in memory, [E, 2F, H] and [E, H, F]."""
+    if ".experts." not in name:
+        return gradients[name]
+    prefix, _, rest = name.partition(".experts.")
+    expert, projection, _ = rest.split(".")
+    if projection == "down_proj":
+        return gradients[f"{prefix}.experts.down_proj"][int(expert)]
+    gate, up = gradients[f"{prefix}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if projection == "gate_proj" else up

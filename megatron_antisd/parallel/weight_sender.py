@@ -126,7 +126,7 @@ class WeightSender:
         sums = {name: {place: 0 for place, need in enumerate(tensors[name].needs) if need is not None} for name in names}  # 0: padding alone
         for name, place, value in (row for rows in everyone for row in rows):
             sums[name][place] = add(sums[name][place], value)
-        return {name: dict(places) for name, places in sums.items()}
+        return sums
 
     def sample(self, number: int, count: int) -> list[str]:
         """`count` tensors for the checksums of sync `number`: every kind of tensor by turns, beginning at a place that numbers of any stride spread

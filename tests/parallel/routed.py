@@ -112,15 +112,3 @@ def _loss(batch: TrainingBatch, log_prob: torch.Tensor) -> torch.Tensor:
     advantage = token_advantage(batch.sequence_advantage.repeat_interleave(torch.tensor(batch.lengths)).double(), log_prob.detach(),
                                 batch.teacher_log_prob.double(), batch.teacher_mask, method="antisd", lambda_=batch.lambda_, compose="additive")
     return clipped_surrogate(log_prob, None, advantage, weights, 0.2)[0]
-
-
-def on_disk(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The gradient of a checkpoint's tensor: transformers holds a layer's experts fused in memory, [E, 2F, H] and [E, H, F]."""
-    if ".experts." not in name:
-        return gradients[name]
-    prefix, _, rest = name.partition(".experts.")
-    expert, projection, _ = rest.split(".")
-    if projection == "down_proj":
-        return gradients[f"{prefix}.experts.down_proj"][int(expert)]
-    gate, up = gradients[f"{prefix}.experts.gate_up_proj"][int(expert)].chunk(2)
-    return gate if projection == "gate_proj" else up

@@ -17,7 +17,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from layout_ranks import configuration, gradients, make_batch
-from routed import EXPERTS, Oracle, on_disk, routed_views, some_routes, unrouted
+from routed import EXPERTS, Oracle, routed_views, some_routes, unrouted
+from tiny import gradient_on_disk
 
 from megatron_antisd.compat import megatron_cpu
 from megatron_antisd.config import RunConfig
@@ -29,7 +30,8 @@ CHECKPOINT, ORACLES, RESULT, *CASES = sys.argv[1:]
 
 
 def relative_errors(found: dict[str, torch.Tensor], oracle: Oracle) -> dict[str, float]:
-    return {name: float((tensor.double() - on_disk(oracle.gradients, name)).norm() / on_disk(oracle.gradients, name).norm().clamp(min=1e-8))
+    return {name: float((tensor.double() - gradient_on_disk(oracle.gradients, name)).norm()
+                        / gradient_on_disk(oracle.gradients, name).norm().clamp(min=1e-8))
             for name, tensor in found.items()}
 
 

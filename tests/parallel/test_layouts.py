@@ -12,7 +12,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
-from tiny import make_checkpoint, make_olmo3, make_views
+from tiny import gradient_on_disk, make_checkpoint, make_olmo3, make_views
 
 SCRIPT = Path(__file__).with_name("layout_ranks.py")
 SCORE, LOSS, GRADIENT = 2e-5, 2e-5, 1e-4
@@ -158,23 +158,11 @@ def test_one_rank_gradients_as_transformers(references: dict, kind: str) -> None
     expected = {n: p.grad for n, p in model.named_parameters()}
     compared = 0
     for name, gradient in result["gradients"].items():
-        reference = expected_gradient(expected, name)
+        reference = gradient_on_disk(expected, name)
         error = (gradient - reference).norm() / reference.norm().clamp(min=1e-8)
         assert error < GRADIENT, f"{name}: relative error {error:.1e}"
         compared += 1
     assert compared == len(result["loaded"])
-
-
-def expected_gradient(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """transformers holds the experts of a layer fused in memory: [E, 2F, H] and [E, H, F]."""
-    if ".experts." not in name:
-        return gradients[name]
-    prefix, _, rest = name.partition(".experts.")
-    expert, projection, _ = rest.split(".")
-    if projection == "down_proj":
-        return gradients[f"{prefix}.experts.down_proj"][int(expert)]
-    gate, up = gradients[f"{prefix}.experts.gate_up_proj"][int(expert)].chunk(2)
-    return gate if projection == "gate_proj" else up
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in LAYOUTS])
